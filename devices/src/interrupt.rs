@@ -1,0 +1,40 @@
+//! How a device interrupts the guest: one path for MSI and MSI-X, one for lines.
+//!
+//! A device never builds a KVM route. It asks its [`MsiSource`] (one per PCI function, which
+//! knows the function's RID and so the unit that remaps it) for vectors, tells each vector what
+//! the guest programmed, and signals the vector's eventfd. Remapping happens behind
+//! [`MsiVector::route`], so an irqfd stays on for devices behind a vIOMMU.
+
+use std::io;
+use std::sync::Arc;
+
+use viommu::interrupt::Msi;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Hands out the interrupt vectors of one PCI function.
+pub trait MsiSource: Send + Sync {
+    /// A new vector, connected to nothing.
+    ///
+    /// # Errors
+    /// The host has no more interrupt routes or file descriptors.
+    fn vector(&self) -> io::Result<Arc<dyn MsiVector>>;
+}
+
+/// One vector: an eventfd, and where it leads. Dropping the last reference frees its route.
+pub trait MsiVector: Send + Sync {
+    /// Signalling this delivers the interrupt (by irqfd, from any thread or from the kernel).
+    fn eventfd(&self) -> &EventFd;
+
+    /// Leads the eventfd to `msi`; `None` disconnects it, and a signal then is not delivered and
+    /// not remembered (the caller keeps pending bits).
+    ///
+    /// # Errors
+    /// The host refused the route; the vector is disconnected then.
+    fn route(&self, msi: Option<Msi>) -> io::Result<()>;
+}
+
+/// A level-triggered or edge-triggered line into the interrupt controller.
+pub trait IrqLine: Send + Sync {
+    /// Raises (`true`) or lowers the line. For an edge-triggered pin the rising edge counts.
+    fn set(&self, level: bool);
+}

@@ -1,0 +1,7 @@
+//! Device models: PCI, virtio, passthrough and legacy devices.
+//!
+//! A device reaches guest memory through its [`viommu::dma::DmaPort`] and interrupts the guest
+//! through [`interrupt`]; it never learns whether a vIOMMU stands behind either.
+
+pub mod bus;
+pub mod interrupt;

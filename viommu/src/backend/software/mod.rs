@@ -1,0 +1,1 @@
+//! The software engine: walks the guest's tables for emulated and vfio-user devices.

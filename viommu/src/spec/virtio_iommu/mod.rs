@@ -1,0 +1,1 @@
+//! The virtio-iommu wire format (virtio 1.3, 5.13).

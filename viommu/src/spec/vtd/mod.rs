@@ -1,0 +1,1 @@
+//! VT-d registers, tables and descriptors (VT-d specification 4.x/5.x).
