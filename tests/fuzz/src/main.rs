@@ -1,0 +1,49 @@
+//! Coverage-guided fuzzing of everything a guest, a file or a client can write to.
+//!
+//! One binary holds every target; `NESTLING_FUZZ` names the one to run. `cargo lab fuzz` builds it
+//! with libFuzzer's instrumentation (which stable Rust has) and runs each target for a bounded
+//! time; a crash leaves its input in `target/lab/fuzz/TARGET/` and is run again with
+//! `cargo lab fuzz TARGET INPUT`.
+//!
+//! A target is a plain function over bytes that lives beside the code it attacks (feature
+//! `fuzzing` of that crate), panics when an invariant breaks, and is also run by a small property
+//! test there. To add one, add a line to [`TARGETS`].
+
+#![no_main]
+
+use std::sync::OnceLock;
+
+use libfuzzer_sys::fuzz_target;
+
+/// Name and function of a target.
+type Target = (&'static str, fn(&[u8]));
+
+/// Every target, by `crate-part` name.
+const TARGETS: &[Target] = &[];
+
+/// What `NESTLING_FUZZ` names.
+fn chosen() -> fn(&[u8]) {
+    let name = std::env::var("NESTLING_FUZZ").unwrap_or_default();
+    match TARGETS.iter().find(|(known, _)| *known == name) {
+        Some((_, run)) => *run,
+        None => {
+            for (known, _) in TARGETS {
+                println!("{known}");
+            }
+            std::process::exit(if name == "list" { 0 } else { 2 });
+        }
+    }
+}
+
+static CHOSEN: OnceLock<fn(&[u8])> = OnceLock::new();
+
+fuzz_target!(
+    init: {
+        CHOSEN.get_or_init(chosen);
+    },
+    |data: &[u8]| {
+        if let Some(run) = CHOSEN.get() {
+            run(data);
+        }
+    }
+);
