@@ -92,7 +92,8 @@ impl Fuzzers {
                 .stderr(fs::File::create(&log)?)
                 .status()
                 .with_context(|| format!("cannot start the fuzz target {name}"))?;
-            let runs = executions(&fs::read_to_string(&log).unwrap_or_default());
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            let runs = executions(&said);
             let seconds = started.elapsed().as_secs();
             if status.success() {
                 tally.passed += 1;
