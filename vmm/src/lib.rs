@@ -1,1 +1,4 @@
-//! See Cargo.toml.
+//! nestling's virtual machine: KVM, memory layout, boot, ACPI, interrupt routing and the device
+//! manager.
+
+pub mod config;

@@ -1,0 +1,143 @@
+//! The option groups: each struct is its documentation, its parser and its JSON form.
+
+use std::path::PathBuf;
+
+use super::schema::options;
+use super::values::{Mac, Size, words};
+
+options! {
+    /// What the guest boots.
+    pub struct PayloadConfig {
+        /// The kernel: a bzImage, or a vmlinux (ELF) with a PVH entry.
+        pub kernel: PathBuf, required;
+        /// The initial RAM file system.
+        pub initramfs: Option<PathBuf>;
+        /// The kernel's command line.
+        pub cmdline: String = "console=ttyS0".into();
+    }
+}
+
+options! {
+    /// Virtual CPUs.
+    pub struct CpusConfig {
+        /// How many vCPUs the guest boots with, 1 to 64.
+        pub boot_vcpus ("boot"): u8 = 1;
+    }
+}
+
+options! {
+    /// Guest memory.
+    pub struct MemoryConfig {
+        /// How much, a multiple of 2M.
+        pub size: Size = Size::mib(512);
+        /// Back it with 2 MiB huge pages, all of them reserved before the guest starts.
+        pub hugepages: bool = false;
+        /// Keep it in a file descriptor that other processes and the host's IOMMU can map;
+        /// without, it is anonymous memory of this process.
+        pub shared: bool = true;
+    }
+}
+
+options! {
+    /// A virtio-blk disk. May be given several times.
+    pub struct DiskConfig {
+        /// The raw image file or block device.
+        pub path: PathBuf, required;
+        /// Open it read-only, and tell the guest so.
+        pub readonly: bool = false;
+        /// The device's name, unique in the VM.
+        pub id: Option<String>;
+    }
+}
+
+options! {
+    /// A virtio-net card on a tap interface. May be given several times.
+    pub struct NetConfig {
+        /// The tap interface, which must exist or be creatable by this user.
+        pub tap: String, required;
+        /// The card's address; made from the position of the card when it is not given.
+        pub mac: Option<Mac>;
+        /// The device's name, unique in the VM.
+        pub id: Option<String>;
+    }
+}
+
+options! {
+    /// The virtio-rng entropy source.
+    pub struct RngConfig {
+        /// Where entropy comes from.
+        pub src: PathBuf = "/dev/urandom".into();
+    }
+}
+
+words! {
+    /// Where the serial port leads.
+    pub enum SerialMode: "tty|null|file" {
+        /// This terminal.
+        #[default]
+        Tty = "tty",
+        /// Nowhere; what the guest writes is dropped.
+        Null = "null",
+        /// Output to a file.
+        File = "file",
+    }
+}
+
+options! {
+    /// The 16550 serial port at 0x3f8 (the guest's ttyS0).
+    pub struct SerialConfig word mode {
+        /// This terminal, nowhere, or a file.
+        pub mode: SerialMode = SerialMode::Tty;
+        /// The file that output is written to; what it held is lost. Implies the mode.
+        pub file: Option<PathBuf>;
+    }
+}
+
+words! {
+    /// Where the virtio console leads.
+    pub enum ConsoleMode: "off|tty|file|socket" {
+        /// There is no such device.
+        #[default]
+        Off = "off",
+        /// This terminal.
+        Tty = "tty",
+        /// Output to a file.
+        File = "file",
+        /// A listening Unix socket, for one peer at a time.
+        Socket = "socket",
+    }
+}
+
+options! {
+    /// The virtio console (the guest's hvc0).
+    pub struct ConsoleConfig word mode {
+        /// No such device, this terminal, a file or a Unix socket.
+        pub mode: ConsoleMode = ConsoleMode::Off;
+        /// The file that output is written to; what it held is lost. Implies the mode.
+        pub file: Option<PathBuf>;
+        /// The Unix socket that is created; it must not exist. Implies the mode.
+        pub socket: Option<PathBuf>;
+    }
+}
+
+words! {
+    /// What a reboot of the guest does.
+    pub enum OnReboot: "restart|exit" {
+        /// The VM starts again from its kernel, in the same process.
+        #[default]
+        Restart = "restart",
+        /// nestling ends with the status for a reboot.
+        Exit = "exit",
+    }
+}
+
+options! {
+    /// The VM as a whole.
+    pub struct PlatformConfig {
+        /// What happens when the guest asks for a reboot (a panic with panic=-1 does, too): the
+        /// VM restarts, or nestling exits with status 3. A triple fault always exits, with 4.
+        pub on_reboot: OnReboot = OnReboot::Restart;
+        /// A port that ends nestling with a status of the guest's choice, for tests.
+        pub debug_exit: bool = false;
+    }
+}

@@ -1,0 +1,306 @@
+//! What a user asks for: one schema for option strings, JSON and help.
+//!
+//! The names are those of Cloud Hypervisor's `VmConfig` where it has them. [`VmConfig`] is the
+//! whole document; each group of it is one option of `nestling run`. [`VmConfig::validate`] is
+//! pure: nothing is opened or created before the whole configuration is known to make sense.
+
+#![forbid(unsafe_code)]
+
+mod groups;
+pub mod schema;
+pub mod values;
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+pub use groups::*;
+pub use schema::{Field, Group, SchemaError};
+pub use values::{Mac, Size};
+
+/// The configuration of one VM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VmConfig {
+    /// What to boot.
+    pub payload: PayloadConfig,
+    /// Virtual CPUs.
+    pub cpus: CpusConfig,
+    /// Guest memory.
+    pub memory: MemoryConfig,
+    /// Disks, in the order of their PCI device numbers.
+    pub disks: Vec<DiskConfig>,
+    /// Network cards, after the disks.
+    pub net: Vec<NetConfig>,
+    /// The entropy source.
+    pub rng: RngConfig,
+    /// The serial port.
+    pub serial: SerialConfig,
+    /// The virtio console.
+    pub console: ConsoleConfig,
+    /// Everything that belongs to the VM as a whole.
+    pub platform: PlatformConfig,
+}
+
+/// One option of the command line that stands for one key of [`VmConfig`].
+#[derive(Clone, Copy, Debug)]
+pub struct Section {
+    /// The option without `--`.
+    pub option: &'static str,
+    /// The key in JSON.
+    pub key: &'static str,
+    /// Whether it may be given several times: the key holds an array.
+    pub many: bool,
+    /// Its fields.
+    pub group: Group,
+}
+
+const fn one(key: &'static str, group: Group) -> Section {
+    Section {
+        option: key,
+        key,
+        many: false,
+        group,
+    }
+}
+
+const fn many(option: &'static str, key: &'static str, group: Group) -> Section {
+    Section {
+        option,
+        key,
+        many: true,
+        group,
+    }
+}
+
+/// Every section, in the order help shows them. The fields of `payload` are options of their own
+/// (`--kernel`, `--initramfs`, `--cmdline`).
+pub const SECTIONS: &[Section] = &[
+    one("payload", PayloadConfig::GROUP),
+    one("cpus", CpusConfig::GROUP),
+    one("memory", MemoryConfig::GROUP),
+    many("disk", "disks", DiskConfig::GROUP),
+    many("net", "net", NetConfig::GROUP),
+    one("rng", RngConfig::GROUP),
+    one("serial", SerialConfig::GROUP),
+    one("console", ConsoleConfig::GROUP),
+    one("platform", PlatformConfig::GROUP),
+];
+
+/// A [`VmConfig`] as it grows: a JSON document and options on top of it.
+#[derive(Clone, Debug, Default)]
+pub struct Builder(Map<String, Value>);
+
+impl Builder {
+    /// Starts from a JSON document.
+    ///
+    /// # Errors
+    /// Not JSON, or not by the schema.
+    pub fn from_json(place: &str, text: &str) -> Result<Self, SchemaError> {
+        let value: Value = serde_json::from_str(text).map_err(|why| {
+            SchemaError(format!("{place} is not JSON ({why}); correct the file"))
+        })?;
+        let Value::Object(mut document) = value else {
+            return Err(SchemaError(format!(
+                "{place} holds no JSON object; write {{\"payload\": {{…}}}}"
+            )));
+        };
+        document.retain(|_, value| !value.is_null());
+        for (key, value) in &document {
+            let section = SECTIONS.iter().find(|s| s.key == key).ok_or_else(|| {
+                let known = SECTIONS.iter().map(|s| s.key);
+                schema::unknown(&format!("{place} has no key"), key, known)
+            })?;
+            match (section.many, value) {
+                (false, value) => section.group.check(key, value)?,
+                (true, Value::Array(items)) => {
+                    for (n, item) in items.iter().enumerate() {
+                        section.group.check(&format!("{key}[{n}]"), item)?;
+                    }
+                }
+                (true, other) => {
+                    return Err(SchemaError(format!(
+                        "{key} in {place} is {other}; it must be an array of objects"
+                    )));
+                }
+            }
+        }
+        Ok(Self(document))
+    }
+
+    /// Adds `--{option} {text}`. A section that exists once is replaced, a device is added.
+    ///
+    /// # Errors
+    /// An unknown option, or a text that is not by the schema.
+    pub fn option(&mut self, option: &str, text: &str) -> Result<(), SchemaError> {
+        if let Some(field) = PayloadConfig::GROUP
+            .fields
+            .iter()
+            .find(|f| f.option == option)
+        {
+            let payload = self.0.entry("payload").or_insert_with(|| Map::new().into());
+            if let Value::Object(payload) = payload {
+                payload.insert(field.key.into(), text.into());
+            }
+            return Ok(());
+        }
+        let section = SECTIONS
+            .iter()
+            .find(|s| s.option == option)
+            .ok_or_else(|| {
+                let known = SECTIONS.iter().map(|s| s.option);
+                schema::unknown("there is no option", option, known)
+            })?;
+        let value = section.group.parse(option, text)?;
+        if section.many {
+            let list = self.0.entry(section.key).or_insert_with(|| Vec::<Value>::new().into());
+            if let Value::Array(list) = list {
+                list.push(value);
+            }
+        } else {
+            self.0.insert(section.key.into(), value);
+        }
+        Ok(())
+    }
+
+    /// The whole configuration.
+    ///
+    /// # Errors
+    /// A required section is missing.
+    pub fn build(self) -> Result<VmConfig, SchemaError> {
+        if !self.0.get("payload").is_some_and(|p| p.get("kernel").is_some()) {
+            return Err(SchemaError(
+                "no kernel is given; add --kernel PATH (or payload.kernel in the JSON)".into(),
+            ));
+        }
+        serde_json::from_value(self.0.into())
+            .map_err(|why| SchemaError(format!("the configuration is wrong: {why}")))
+    }
+}
+
+/// The most vCPUs a VM can have.
+pub const MAX_VCPUS: u8 = 64;
+/// The least memory a VM can have, in bytes.
+pub const MIN_MEMORY: Size = Size::mib(16);
+/// What `memory.size` must be a multiple of, in bytes: a huge page, so that every region of guest
+/// memory can be backed by them.
+pub const MEMORY_UNIT: Size = Size::mib(2);
+
+/// A configuration that makes sense as a whole. Only [`VmConfig::validate`] makes one.
+#[derive(Clone, Debug)]
+pub struct Validated(VmConfig);
+
+impl std::ops::Deref for Validated {
+    type Target = VmConfig;
+
+    fn deref(&self) -> &VmConfig {
+        &self.0
+    }
+}
+
+/// Why a configuration does not make sense: one sentence with the thing, the value, the remedy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+impl VmConfig {
+    /// Checks what the schema cannot: ranges, and what must fit together.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn validate(self) -> Result<Validated, ConfigError> {
+        let wrong = |text: String| Err(ConfigError(text));
+        if self.payload.kernel.as_os_str().is_empty() {
+            return wrong("payload.kernel is empty; give the path of a bzImage or vmlinux".into());
+        }
+        if self.payload.cmdline.contains('\0') {
+            return wrong("the kernel command line has a NUL character; remove it".into());
+        }
+        let cpus = self.cpus.boot_vcpus;
+        if cpus == 0 || cpus > MAX_VCPUS {
+            return wrong(format!(
+                "cpus boot={cpus} is out of range; give 1 to {MAX_VCPUS}"
+            ));
+        }
+        let size = self.memory.size;
+        if size < MIN_MEMORY {
+            return wrong(format!(
+                "memory size={size} is too small; give at least {MIN_MEMORY}"
+            ));
+        }
+        if size.0 % MEMORY_UNIT.0 != 0 {
+            return wrong(format!(
+                "memory size={size} is not a multiple of {MEMORY_UNIT}; give {} or {}",
+                Size(size.0 / MEMORY_UNIT.0 * MEMORY_UNIT.0),
+                Size((size.0 / MEMORY_UNIT.0).saturating_add(1).saturating_mul(MEMORY_UNIT.0)),
+            ));
+        }
+        self.check_consoles()?;
+        self.check_ids()?;
+        if let Some(net) = self
+            .net
+            .iter()
+            .find(|net| net.mac.is_some_and(|Mac(mac)| mac[0] & 1 != 0))
+        {
+            return wrong(format!(
+                "net mac={} is a multicast address; clear the lowest bit of its first byte",
+                net.mac.unwrap_or_default()
+            ));
+        }
+        if let Some(net) = self.net.iter().find(|net| net.tap.is_empty() || net.tap.len() > 15) {
+            return wrong(format!(
+                "net tap={} is not an interface name; give 1 to 15 characters",
+                net.tap
+            ));
+        }
+        Ok(Validated(self))
+    }
+
+    fn check_consoles(&self) -> Result<(), ConfigError> {
+        let wrong = |text: &str| Err(ConfigError(text.into()));
+        if self.serial.mode == SerialMode::Tty && self.console.mode == ConsoleMode::Tty {
+            return wrong(
+                "serial and console both want the terminal; give --serial null or --console off",
+            );
+        }
+        if (self.serial.mode == SerialMode::File) != self.serial.file.is_some() {
+            return wrong("serial has mode and file that do not agree; write --serial file=PATH");
+        }
+        if (self.console.mode == ConsoleMode::File) != self.console.file.is_some() {
+            return wrong("console has mode and file that do not agree; write --console file=PATH");
+        }
+        if (self.console.mode == ConsoleMode::Socket) != self.console.socket.is_some() {
+            return wrong(
+                "console has mode and socket that do not agree; write --console socket=PATH",
+            );
+        }
+        Ok(())
+    }
+
+    fn check_ids(&self) -> Result<(), ConfigError> {
+        let mut seen = BTreeSet::new();
+        let disks = self.disks.iter().filter_map(|d| d.id.as_deref());
+        let nets = self.net.iter().filter_map(|n| n.id.as_deref());
+        for id in disks.chain(nets) {
+            let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
+            if id.is_empty() || id.len() > 64 || !id.bytes().all(plain) || id.starts_with("__") {
+                return Err(ConfigError(format!(
+                    "id={id} is not an identifier; use up to 64 letters, digits, '-', '_' or '.', not starting with \"__\""
+                )));
+            }
+            if !seen.insert(id) {
+                return Err(ConfigError(format!(
+                    "id={id} names two devices; give each its own"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

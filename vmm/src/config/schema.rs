@@ -1,0 +1,386 @@
+//! One table per option group, from which option strings, JSON and help text all come.
+//!
+//! [`options!`](crate::config::schema::options) turns a struct with doc comments into a serde type and a [`Group`]: the names, the
+//! syntax, the defaults and the documentation of its fields. Everything a user writes becomes a
+//! JSON value first ([`Group::parse`] for option strings), is held against the table
+//! ([`Group::check`]) and is then deserialized, so that both ways in give the same errors.
+
+use serde_json::{Map, Value};
+
+/// How the value of a field is written in an option string, checked and shown.
+///
+/// Called by the tables only.
+pub trait OptionValue: serde::Serialize + serde::de::DeserializeOwned {
+    /// The value's syntax, as help shows it.
+    const SYNTAX: &'static str;
+    /// What a value must be, for errors ("must be …").
+    const MUST: &'static str;
+
+    /// The JSON value for `text` of an option string.
+    fn from_option(text: &str) -> Value {
+        Value::String(text.into())
+    }
+
+    /// The value as it would be written in an option string; `None` when it is "nothing".
+    fn to_option(&self) -> Option<String>;
+}
+
+/// One field of a group.
+#[derive(Clone, Copy, Debug)]
+pub struct Field {
+    /// Its name in JSON.
+    pub key: &'static str,
+    /// Its name in option strings.
+    pub option: &'static str,
+    /// What it means.
+    pub docs: &'static [&'static str],
+    /// Whether it must be given.
+    pub required: bool,
+    /// The syntax of its value.
+    pub syntax: &'static str,
+    /// What its value must be.
+    pub must: &'static str,
+    /// Its default, as it would be written in an option string.
+    pub default: fn() -> Option<String>,
+    /// Text of an option string to JSON.
+    pub parse: fn(&str) -> Value,
+    /// Whether a JSON value is right.
+    pub check: fn(&Value) -> Result<(), String>,
+}
+
+/// A group of fields: one option of the command line, one key of the JSON document.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    /// What it configures.
+    pub docs: &'static [&'static str],
+    /// The field that a bare word sets (`--serial tty`), with how each `key=value` that implies
+    /// a word is known: a field named as the word in lower case.
+    pub word: Option<&'static str>,
+    /// The fields, in the order help shows them.
+    pub fields: &'static [Field],
+}
+
+/// What is wrong with an option string or a document: one sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct SchemaError(pub String);
+
+impl Group {
+    /// The JSON object that the option string `text` of the option `--{option}` stands for.
+    ///
+    /// Values may stand in double quotes, in which `,` and `=` mean nothing.
+    ///
+    /// # Errors
+    /// An unknown, repeated or malformed field; a value that is none.
+    pub fn parse(&self, option: &str, text: &str) -> Result<Value, SchemaError> {
+        let mut object = Map::new();
+        for part in split_commas(text).map_err(|why| SchemaError(format!("--{option} {why}")))? {
+            let (field, value) = match part.split_once('=') {
+                Some((name, value)) => {
+                    let field = self.fields.iter().find(|f| f.option == name);
+                    let field = field.ok_or_else(|| {
+                        let known = self.fields.iter().map(|f| f.option);
+                        unknown(&format!("--{option} has no key"), name, known)
+                    })?;
+                    (field, unquote(value))
+                }
+                None => match self.word.and_then(|word| self.field(word)) {
+                    Some(field) => (field, part.clone()),
+                    None => {
+                        return Err(SchemaError(format!(
+                            "--{option} {part:?} is not key=value; write for example {}",
+                            self.example()
+                        )));
+                    }
+                },
+            };
+            let json = (field.parse)(&value);
+            (field.check)(&json).map_err(|_| {
+                SchemaError(format!(
+                    "--{option} {}={value} is wrong: it must be {}",
+                    field.option, field.must
+                ))
+            })?;
+            // `file=PATH` alone says that the word is `file`.
+            if let Some(word) = self.word.and_then(|word| self.field(word))
+                && field.key != word.key
+                && !object.contains_key(word.key)
+                && (word.check)(&(word.parse)(field.option)).is_ok()
+            {
+                object.insert(word.key.into(), (word.parse)(field.option));
+            }
+            if object.insert(field.key.into(), json).is_some() && Some(field.key) != self.word {
+                return Err(SchemaError(format!(
+                    "--{option} gives {} twice; give it once",
+                    field.option
+                )));
+            }
+        }
+        let value = Value::Object(object);
+        self.check(&format!("--{option}"), &value)?;
+        Ok(value)
+    }
+
+    /// Whether `value` is an object of this group, `place` being where the user wrote it.
+    ///
+    /// # Errors
+    /// Not an object, an unknown key, a required key that is missing, a value of the wrong kind.
+    pub fn check(&self, place: &str, value: &Value) -> Result<(), SchemaError> {
+        let Value::Object(object) = value else {
+            return Err(SchemaError(format!(
+                "{place} is {value}; it must be an object"
+            )));
+        };
+        for (key, value) in object {
+            let field = self.field(key).ok_or_else(|| {
+                let known = self.fields.iter().map(|f| f.key);
+                unknown(&format!("{place} has no key"), key, known)
+            })?;
+            (field.check)(value).map_err(|_| {
+                SchemaError(format!(
+                    "{place}.{key} is {value}; it must be {}",
+                    field.must
+                ))
+            })?;
+        }
+        match self
+            .fields
+            .iter()
+            .find(|f| f.required && !object.contains_key(f.key))
+        {
+            Some(field) => Err(SchemaError(format!(
+                "{place} lacks {}; add {}={}",
+                field.option, field.option, field.syntax
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// One line with the syntax of the whole option string.
+    pub fn syntax(&self) -> String {
+        let mut text = String::new();
+        for field in self.fields {
+            let item = match self.word {
+                Some(word) if word == field.key => field.syntax.to_string(),
+                _ => format!("{}={}", field.option, field.syntax),
+            };
+            let comma = if text.is_empty() { "" } else { "," };
+            if field.required || self.word == Some(field.key) {
+                text = format!("{text}{comma}{item}");
+            } else {
+                text = format!("{text}[{comma}{item}]");
+            }
+        }
+        text
+    }
+
+    /// The help text: what the group is, then each field with its default.
+    pub fn help(&self) -> String {
+        let mut text = paragraph(self.docs);
+        text.push_str("\n\n  ");
+        text.push_str(&self.syntax());
+        for field in self.fields {
+            let default = match (field.required, (field.default)()) {
+                (true, _) => " (required)".to_string(),
+                (false, Some(default)) => format!(" (default {default})"),
+                (false, None) => String::new(),
+            };
+            let name = match self.word {
+                Some(word) if word == field.key => field.syntax.to_string(),
+                _ => format!("{}={}", field.option, field.syntax),
+            };
+            text.push_str(&format!(
+                "\n\n  {name}{default}: {}",
+                paragraph(field.docs)
+            ));
+            if field.option != field.key {
+                text.push_str(&format!(" In JSON: \"{}\".", field.key));
+            }
+        }
+        text
+    }
+
+    fn field(&self, key: &str) -> Option<&'static Field> {
+        self.fields.iter().find(|f| f.key == key)
+    }
+
+    fn example(&self) -> String {
+        self.fields
+            .iter()
+            .find(|f| f.required)
+            .or(self.fields.first())
+            .map_or_else(String::new, |f| format!("{}={}", f.option, f.syntax))
+    }
+}
+
+/// Doc comment lines as one paragraph per blank-line-separated block.
+pub fn paragraph(docs: &[&str]) -> String {
+    docs.iter()
+        .map(|line| line.trim())
+        .collect::<Vec<_>>()
+        .join(" ")
+        .trim()
+        .replace("  ", "\n\n")
+}
+
+/// The error for a name that does not exist: it names the nearest one that does, or all.
+pub fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> SchemaError {
+    let known: Vec<&str> = known.collect();
+    let nearest = known
+        .iter()
+        .map(|k| (distance(name, k), *k))
+        .min()
+        .filter(|(d, k)| *d <= k.len().max(2) / 2);
+    SchemaError(match nearest {
+        Some((_, nearest)) => format!("{what} {name:?}; did you mean {nearest:?}?"),
+        None => format!("{what} {name:?}; known are {}", known.join(", ")),
+    })
+}
+
+/// Edit distance (insert, delete, replace), of the first 64 characters.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().take(64).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().take(64).enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let replace = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = replace.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+fn split_commas(text: &str) -> Result<Vec<String>, String> {
+    let (mut parts, mut part, mut quoted) = (Vec::new(), String::new(), false);
+    for c in text.chars() {
+        match c {
+            ',' if !quoted => parts.push(std::mem::take(&mut part)),
+            '\0' => return Err("has a NUL character; remove it".into()),
+            _ => {
+                quoted ^= c == '"';
+                part.push(c);
+            }
+        }
+    }
+    if quoted {
+        return Err(format!("{text:?} has a quote that is not closed; add a \""));
+    }
+    parts.push(part);
+    if parts.iter().any(String::is_empty) {
+        return Err(format!("{text:?} has an empty part; write key=value,…"));
+    }
+    Ok(parts)
+}
+
+fn unquote(text: &str) -> String {
+    match text.strip_prefix('"').and_then(|t| t.strip_suffix('"')) {
+        Some(inside) if !inside.contains('"') => inside.into(),
+        _ => text.into(),
+    }
+}
+
+/// Defines a struct whose doc comments are its help text.
+///
+/// ```ignore
+/// options! {
+///     /// A disk.
+///     pub struct DiskConfig {
+///         /// The image file.
+///         pub path: PathBuf, required;
+///         /// Refuse writes.
+///         pub readonly: bool = false;
+///         /// How many.
+///         pub queue_count ("queues"): u16 = 1;
+///     }
+/// }
+/// ```
+macro_rules! options {
+    (
+        $(#[doc = $doc:literal])*
+        pub struct $name:ident $(word $word:ident)? {
+            $(
+                $(#[doc = $fdoc:literal])*
+                pub $field:ident $(($option:literal))? : $type:ty $(= $default:expr)? $(, $required:ident)? ;
+            )*
+        }
+    ) => {
+        $(#[doc = $doc])*
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct $name {
+            $( $(#[doc = $fdoc])* pub $field: $type, )*
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $( $field: $crate::config::schema::default_of!($type $(, $default)?), )* }
+            }
+        }
+
+        impl $name {
+            /// The table that parses, checks and documents this group.
+            pub const GROUP: $crate::config::schema::Group = $crate::config::schema::Group {
+                docs: &[$($doc),*],
+                word: $crate::config::schema::word_of!($($word)?),
+                fields: &[$(
+                    $crate::config::schema::Field {
+                        key: stringify!($field),
+                        option: $crate::config::schema::option_of!($field $(, $option)?),
+                        docs: &[$($fdoc),*],
+                        required: $crate::config::schema::required_of!($($required)?),
+                        syntax: <$type as $crate::config::schema::OptionValue>::SYNTAX,
+                        must: <$type as $crate::config::schema::OptionValue>::MUST,
+                        default: || <$type as $crate::config::schema::OptionValue>::to_option(
+                            &$crate::config::schema::default_of!($type $(, $default)?)
+                        ),
+                        parse: <$type as $crate::config::schema::OptionValue>::from_option,
+                        check: |value| serde_json::from_value::<$type>(value.clone())
+                            .map(drop)
+                            .map_err(|why| why.to_string()),
+                    },
+                )*],
+            };
+        }
+    };
+}
+
+macro_rules! default_of {
+    ($type:ty) => {
+        <$type as Default>::default()
+    };
+    ($type:ty, $default:expr) => {
+        $default
+    };
+}
+
+macro_rules! option_of {
+    ($field:ident) => {
+        stringify!($field)
+    };
+    ($field:ident, $option:literal) => {
+        $option
+    };
+}
+
+macro_rules! required_of {
+    () => {
+        false
+    };
+    (required) => {
+        true
+    };
+}
+
+macro_rules! word_of {
+    () => {
+        None
+    };
+    ($word:ident) => {
+        Some(stringify!($word))
+    };
+}
+
+pub(crate) use {default_of, option_of, options, required_of, word_of};
