@@ -2,3 +2,4 @@
 //! manager.
 
 pub mod config;
+pub mod memory;

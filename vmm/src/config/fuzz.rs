@@ -9,7 +9,11 @@ use super::{Builder, SECTIONS};
 ///
 /// # Panics
 /// When an invariant does not hold, as a fuzz harness must.
-#[expect(clippy::panic, clippy::expect_used, reason = "a fuzz harness reports by panicking")]
+#[expect(
+    clippy::panic,
+    clippy::expect_used,
+    reason = "a fuzz harness reports by panicking"
+)]
 pub fn options(input: &[u8]) {
     let Some((pick, text)) = input.split_first() else {
         return;

@@ -101,9 +101,8 @@ impl Builder {
     /// # Errors
     /// Not JSON, or not by the schema.
     pub fn from_json(place: &str, text: &str) -> Result<Self, SchemaError> {
-        let value: Value = serde_json::from_str(text).map_err(|why| {
-            SchemaError(format!("{place} is not JSON ({why}); correct the file"))
-        })?;
+        let value: Value = serde_json::from_str(text)
+            .map_err(|why| SchemaError(format!("{place} is not JSON ({why}); correct the file")))?;
         let Value::Object(mut document) = value else {
             return Err(SchemaError(format!(
                 "{place} holds no JSON object; write {{\"payload\": {{…}}}}"
@@ -157,7 +156,10 @@ impl Builder {
             })?;
         let value = section.group.parse(option, text)?;
         if section.many {
-            let list = self.0.entry(section.key).or_insert_with(|| Vec::<Value>::new().into());
+            let list = self
+                .0
+                .entry(section.key)
+                .or_insert_with(|| Vec::<Value>::new().into());
             if let Value::Array(list) = list {
                 list.push(value);
             }
@@ -172,7 +174,11 @@ impl Builder {
     /// # Errors
     /// A required section is missing.
     pub fn build(self) -> Result<VmConfig, SchemaError> {
-        if !self.0.get("payload").is_some_and(|p| p.get("kernel").is_some()) {
+        if !self
+            .0
+            .get("payload")
+            .is_some_and(|p| p.get("kernel").is_some())
+        {
             return Err(SchemaError(
                 "no kernel is given; add --kernel PATH (or payload.kernel in the JSON)".into(),
             ));
@@ -236,7 +242,11 @@ impl VmConfig {
             return wrong(format!(
                 "memory size={size} is not a multiple of {MEMORY_UNIT}; give {} or {}",
                 Size(size.0 / MEMORY_UNIT.0 * MEMORY_UNIT.0),
-                Size((size.0 / MEMORY_UNIT.0).saturating_add(1).saturating_mul(MEMORY_UNIT.0)),
+                Size(
+                    (size.0 / MEMORY_UNIT.0)
+                        .saturating_add(1)
+                        .saturating_mul(MEMORY_UNIT.0)
+                ),
             ));
         }
         self.check_consoles()?;
@@ -251,7 +261,11 @@ impl VmConfig {
                 net.mac.unwrap_or_default()
             ));
         }
-        if let Some(net) = self.net.iter().find(|net| net.tap.is_empty() || net.tap.len() > 15) {
+        if let Some(net) = self
+            .net
+            .iter()
+            .find(|net| net.tap.is_empty() || net.tap.len() > 15)
+        {
             return wrong(format!(
                 "net tap={} is not an interface name; give 1 to 15 characters",
                 net.tap

@@ -189,10 +189,7 @@ impl Group {
                 Some(word) if word == field.key => field.syntax.to_string(),
                 _ => format!("{}={}", field.option, field.syntax),
             };
-            text.push_str(&format!(
-                "\n\n  {name}{default}: {}",
-                paragraph(field.docs)
-            ));
+            text.push_str(&format!("\n\n  {name}{default}: {}", paragraph(field.docs)));
             if field.option != field.key {
                 text.push_str(&format!(" In JSON: \"{}\".", field.key));
             }

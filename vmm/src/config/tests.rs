@@ -133,8 +133,15 @@ fn help_names_every_field_and_its_default() {
         }
     }
     let memory = MemoryConfig::GROUP.help();
-    assert!(memory.contains("size=SIZE (default 512M): How much"), "{memory}");
-    assert!(CpusConfig::GROUP.help().contains("In JSON: \"boot_vcpus\"."));
+    assert!(
+        memory.contains("size=SIZE (default 512M): How much"),
+        "{memory}"
+    );
+    assert!(
+        CpusConfig::GROUP
+            .help()
+            .contains("In JSON: \"boot_vcpus\".")
+    );
     assert_eq!(SerialConfig::GROUP.syntax(), "tty|null|file[,file=PATH]");
 }
 

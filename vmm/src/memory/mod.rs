@@ -1,0 +1,4 @@
+//! Guest memory: where it lies ([`layout`]) and what holds it ([`ram`]).
+
+pub mod layout;
+pub mod ram;

@@ -1,0 +1,243 @@
+//! What holds guest RAM: one memfd (so that the IOMMU and other processes can map it), or
+//! anonymous memory, mapped region by region.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+
+use viommu::GuestRam;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+use super::layout::Layout;
+use crate::config::{MemoryConfig, Size};
+
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// Why there is no guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// More than the machine has.
+    #[error("memory size={size} is more than this machine has ({has}); give less")]
+    TooMuch {
+        /// Asked for.
+        size: Size,
+        /// RAM and swap.
+        has: Size,
+    },
+    /// Not enough huge pages.
+    #[error(
+        "memory size={size},hugepages=on needs {needed} huge pages of 2 MiB and {free} are free; reserve them with: sysctl vm.nr_hugepages={reserve}"
+    )]
+    HugePages {
+        /// Asked for.
+        size: Size,
+        /// Pages needed.
+        needed: u64,
+        /// Pages that are free.
+        free: u64,
+        /// What to set.
+        reserve: u64,
+    },
+    /// The kernel refused.
+    #[error(
+        "guest memory of {size} cannot be had ({call}: {source}); give less, or raise the limits of this user"
+    )]
+    Host {
+        /// Asked for.
+        size: Size,
+        /// The call.
+        call: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Allocates the RAM of `layout` as `config` says.
+///
+/// # Errors
+/// See [`RamError`]; nothing is kept then.
+pub fn allocate(config: &MemoryConfig, layout: &Layout) -> Result<GuestRam, RamError> {
+    let size = Size(layout.ram_size());
+    let has = machine_memory().map_err(|source| RamError::Host {
+        size,
+        call: "sysinfo",
+        source,
+    })?;
+    if size > has {
+        return Err(RamError::TooMuch { size, has });
+    }
+    if config.hugepages {
+        check_huge_pages(size)?;
+    }
+    let host = |call| move |source| RamError::Host { size, call, source };
+    let file = match config.shared {
+        true => {
+            let file = memfd(config.hugepages).map_err(host("memfd_create"))?;
+            file.set_len(size.0).map_err(host("ftruncate"))?;
+            Some(Arc::new(file))
+        }
+        false => None,
+    };
+    let mut flags = match &file {
+        Some(_) => libc::MAP_SHARED,
+        None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    };
+    flags |= match (config.hugepages, file.is_some()) {
+        // Without MAP_NORESERVE the pages are reserved here: no SIGBUS later.
+        (true, true) => 0,
+        (true, false) => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+        (false, _) => libc::MAP_NORESERVE,
+    };
+    let mut offset = 0;
+    let mut regions = Vec::with_capacity(layout.ram.len());
+    for range in &layout.ram {
+        let at = file.clone().map(|file| FileOffset::from_arc(file, offset));
+        let mapping = MmapRegion::build(
+            at,
+            range.len() as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+        )
+        .map_err(|why| host("mmap")(io::Error::other(why)))?;
+        if !config.hugepages {
+            advise_huge_pages(&mapping);
+        }
+        let region = GuestRegionMmap::new(mapping, GuestAddress(range.first));
+        regions.push(region.ok_or_else(|| {
+            host("mmap")(io::Error::other("the region ends beyond the address space"))
+        })?);
+        offset += range.len();
+    }
+    let ram = GuestMemoryMmap::from_regions(regions)
+        .map_err(|why| host("mmap")(io::Error::other(why)))?;
+    Ok(Arc::new(ram))
+}
+
+fn memfd(huge: bool) -> io::Result<File> {
+    let name = CString::from(c"nestling-ram");
+    let mut flags = libc::MFD_CLOEXEC;
+    if huge {
+        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    }
+    // SAFETY: `name` is a NUL-terminated string that lives across the call; nothing else is passed.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just returned this descriptor, so nobody else owns it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Transparent huge pages make the guest's first touch of memory several times faster. A refusal
+/// (a kernel without them) costs nothing but that.
+fn advise_huge_pages(mapping: &MmapRegion) {
+    // SAFETY: the range is a mapping that we own, and MADV_HUGEPAGE does not change its contents.
+    unsafe {
+        libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE);
+    }
+}
+
+fn machine_memory() -> io::Result<Size> {
+    // SAFETY: sysinfo is a plain C struct for which all zeroes is a value.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` is a writable sysinfo.
+    if unsafe { libc::sysinfo(&raw mut info) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let unit = u64::from(info.mem_unit.max(1));
+    Ok(Size(
+        info.totalram
+            .saturating_add(info.totalswap)
+            .saturating_mul(unit),
+    ))
+}
+
+fn check_huge_pages(size: Size) -> Result<(), RamError> {
+    let read = |name: &str| -> u64 {
+        std::fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0)
+    };
+    let needed = size.0.div_ceil(HUGE_PAGE);
+    let reserved = read("resv_hugepages");
+    let free = read("free_hugepages").saturating_sub(reserved);
+    let overcommit = read("nr_overcommit_hugepages");
+    if free.saturating_add(overcommit) >= needed {
+        return Ok(());
+    }
+    Err(RamError::HugePages {
+        size,
+        needed,
+        free,
+        reserve: read("nr_hugepages").saturating_add(needed - free),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    use super::*;
+    use crate::memory::layout::{Range, Reserved, compose};
+
+    fn two_regions() -> Layout {
+        let hole = Reserved {
+            range: Range::new(32 << 20, (34 << 20) - 1),
+            what: "test".into(),
+        };
+        let layout = compose(64 << 20, 40, &[hole]).unwrap();
+        assert_eq!(layout.ram.len(), 2);
+        layout
+    }
+
+    #[test]
+    fn every_region_of_the_layout_is_memory_and_nothing_else_is() {
+        for shared in [true, false] {
+            let config = MemoryConfig {
+                shared,
+                ..Default::default()
+            };
+            let ram = allocate(&config, &two_regions()).unwrap();
+            ram.write_obj(7u64, GuestAddress(0)).unwrap();
+            ram.write_obj(9u64, GuestAddress(34 << 20)).unwrap();
+            assert_eq!(ram.read_obj::<u64>(GuestAddress(0)).unwrap(), 7);
+            assert!(ram.write_obj(1u8, GuestAddress(33 << 20)).is_err());
+            assert!(ram.write_obj(1u8, GuestAddress(66 << 20)).is_err());
+        }
+    }
+
+    #[test]
+    fn shared_regions_lie_one_after_the_other_in_one_file() {
+        let ram = allocate(&MemoryConfig::default(), &two_regions()).unwrap();
+        let offsets: Vec<u64> = ram
+            .iter()
+            .map(|region| region.file_offset().unwrap().start())
+            .collect();
+        assert_eq!(offsets, [0, 32 << 20]);
+    }
+
+    #[test]
+    fn more_than_the_machine_has_is_refused_with_both_sizes() {
+        let layout = compose(1 << 46, 52, &[]).unwrap();
+        let error = allocate(&MemoryConfig::default(), &layout).unwrap_err();
+        assert!(
+            error.to_string().contains("size=64T is more than"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn missing_huge_pages_are_refused_with_the_command_that_reserves_them() {
+        let config = MemoryConfig {
+            hugepages: true,
+            ..Default::default()
+        };
+        match allocate(&config, &two_regions()) {
+            Ok(_) => println!("skipped: this machine has the huge pages"),
+            Err(why) => assert!(why.to_string().contains("sysctl vm.nr_hugepages="), "{why}"),
+        }
+    }
+}
