@@ -5,3 +5,6 @@
 
 pub mod bus;
 pub mod interrupt;
+pub mod legacy;
+pub mod pci;
+pub mod virtio;

@@ -1,0 +1,16 @@
+//! PCI Express as the guest sees it: functions, their configuration spaces, and the root complex.
+//!
+//! A [`PciFunction`] is one function. A [`PciRoot`] holds the functions of the VM, answers
+//! configuration accesses from [`Ecam`] and [`ConfigPorts`], and keeps the buses in step with the
+//! base address registers that the guest programs.
+
+pub mod bar;
+pub mod config;
+pub mod function;
+
+pub mod root;
+
+pub use bar::{Bar, BarKind};
+pub use config::ConfigSpace;
+pub use function::{Decoded, Effect, IoEvent, PciFunction, Space};
+pub use root::{ConfigPorts, Ecam, PciRoot, Placement, RootConfig, Slot};

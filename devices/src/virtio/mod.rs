@@ -1,0 +1,11 @@
+//! virtio 1.3 devices and their PCI transport (modern only).
+//!
+//! A [`VirtioDevice`] knows queues, features and its configuration; [`VirtioPci`] is the PCI
+//! function around it. Rings are walked by one helper, [`ring::Ring`], which refuses what the
+//! specification forbids; guest memory is reached through the device's
+//! [`DmaPort`](viommu::dma::DmaPort) only.
+
+pub mod device;
+pub mod ring;
+
+pub use device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};

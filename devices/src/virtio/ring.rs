@@ -1,0 +1,298 @@
+//! Split virtqueues from the device's side: one walker that trusts nothing.
+//!
+//! The ring's bookkeeping is virtio-queue's. The descriptor walk is ours, since a chain that is
+//! cut short without notice would look like a well-formed shorter one: what the specification
+//! forbids is an error here, and the device then needs a reset (virtio 1.3, 2.1.2).
+
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{Ordering, fence};
+
+use thiserror::Error;
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+
+/// The most buffers that one chain may have. Linux chains longer than the queue only through
+/// indirect tables, and never longer than a device's own segment limits, which are below this.
+pub const MAX_BUFFERS: usize = 1024;
+
+/// Why a queue cannot be served any more. The driver broke a MUST, or took the ring's memory away.
+#[derive(Error, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Broken {
+    /// The ring itself cannot be accessed.
+    #[error("the ring is not in memory the device can access")]
+    Ring,
+    /// The available index ran ahead by more than the queue's size.
+    #[error("the available index is more than the queue's size ahead")]
+    AvailIndex,
+    /// A descriptor index is outside its table.
+    #[error("descriptor index {0} is outside its table")]
+    Index(u16),
+    /// A descriptor cannot be read.
+    #[error("the descriptor at {0:#x} is not in memory the device can access")]
+    Descriptor(u64),
+    /// The chain loops or is longer than [`MAX_BUFFERS`].
+    #[error("a chain loops or has more buffers than its table")]
+    TooLong,
+    /// A buffer for the device to read follows one for it to write.
+    #[error("a device-readable buffer follows a device-writable one")]
+    Order,
+    /// More than 4 GiB in one chain.
+    #[error("a chain has more than 2^32 bytes")]
+    Overflow,
+    /// An indirect table that was not negotiated, has a successor, is inside another, or has a
+    /// length that is 0 or not a multiple of 16.
+    #[error("an indirect table is malformed or was not negotiated")]
+    Indirect,
+}
+
+/// One buffer of a chain: `length` bytes at the device's address `address`. Not checked against
+/// memory: an access may fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Buffer {
+    /// First address, as the device puts it on the bus.
+    pub address: GuestAddress,
+    /// Bytes.
+    pub length: u32,
+}
+
+/// One descriptor chain. Reused from one [`Ring::pop`] to the next, so that a request costs no
+/// allocation.
+#[derive(Clone, Debug, Default)]
+pub struct Chain {
+    head: u16,
+    /// What the device reads, in order.
+    pub readable: Vec<Buffer>,
+    /// What the device writes, in order.
+    pub writable: Vec<Buffer>,
+}
+
+impl Chain {
+    /// Its name in the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes that the device may read. Less than 2^32.
+    pub fn readable_length(&self) -> usize {
+        self.readable.iter().map(|b| b.length as usize).sum()
+    }
+
+    /// Bytes that the device may write. Less than 2^32.
+    pub fn writable_length(&self) -> usize {
+        self.writable.iter().map(|b| b.length as usize).sum()
+    }
+}
+
+/// What a driver programmed for one queue.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RingConfig {
+    /// Number of descriptors, a power of two.
+    pub size: u16,
+    /// Address of the descriptor table, a multiple of 16.
+    pub descriptors: u64,
+    /// Address of the available ring (driver area), a multiple of 2.
+    pub available: u64,
+    /// Address of the used ring (device area), a multiple of 4.
+    pub used: u64,
+}
+
+/// One enabled split virtqueue.
+#[derive(Debug)]
+pub struct Ring {
+    queue: Queue,
+    indirect: bool,
+}
+
+impl Ring {
+    /// A ring as `config` says, with no buffer consumed yet. `None` when a size or an address
+    /// breaks the specification's alignment, or the ring is not in memory that `memory` gives.
+    pub fn new<M: GuestMemory>(
+        config: RingConfig,
+        event_index: bool,
+        indirect: bool,
+        memory: &M,
+    ) -> Option<Self> {
+        let size = u64::from(config.size);
+        let area = |address: u64, length: u64, access| {
+            // virtio-queue adds offsets to these addresses, so the end must exist as well.
+            address.checked_add(length).is_some()
+                && memory.check_range(GuestAddress(address), length as usize, access)
+        };
+        let reachable = area(config.descriptors, 16 * size, Permissions::Read)
+            && area(config.available, 6 + 2 * size, Permissions::Read)
+            && area(config.used, 6 + 8 * size, Permissions::ReadWrite);
+        if !reachable {
+            return None;
+        }
+        let mut queue = Queue::new(config.size).ok()?;
+        let at = GuestAddress;
+        queue
+            .try_set_desc_table_address(at(config.descriptors))
+            .ok()?;
+        queue
+            .try_set_avail_ring_address(at(config.available))
+            .ok()?;
+        queue.try_set_used_ring_address(at(config.used)).ok()?;
+        queue.set_event_idx(event_index);
+        queue.set_ready(true);
+        Some(Self { queue, indirect })
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next chain into `chain`. `false` when there is none.
+    ///
+    /// # Errors
+    /// The driver broke a rule; nothing more can be taken from this ring.
+    pub fn pop<M: GuestMemory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, Broken> {
+        chain.readable.clear();
+        chain.writable.clear();
+        let mut available = self.queue.iter(memory).map_err(|error| match error {
+            virtio_queue::Error::InvalidAvailRingIndex => Broken::AvailIndex,
+            _ => Broken::Ring,
+        })?;
+        let Some(head) = available.next().map(|found| found.head_index()) else {
+            // virtio-queue says "none" as well when an entry of the ring cannot be read.
+            return match self.queue.avail_idx(memory, Ordering::Relaxed) {
+                Ok(index) if index.0 == self.queue.next_avail() => Ok(false),
+                Ok(_) if self.entry_is_readable(memory) => Ok(false),
+                _ => Err(Broken::Ring),
+            };
+        };
+        chain.head = head;
+        self.walk(memory, chain)?;
+        Ok(true)
+    }
+
+    /// Gives the chain that was popped last back to the ring, to be popped again.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    fn entry_is_readable<M: GuestMemory>(&self, memory: &M) -> bool {
+        let slot = u64::from(self.queue.next_avail() % self.queue.size());
+        let entry = GuestAddress(self.queue.avail_ring() + 4 + 2 * slot);
+        memory.read_obj::<u16>(entry).is_ok()
+    }
+
+    fn walk<M: GuestMemory>(&self, memory: &M, chain: &mut Chain) -> Result<(), Broken> {
+        let mut table = self.queue.desc_table();
+        let mut entries = u32::from(self.queue.size());
+        let mut inside_indirect = false;
+        let mut index = chain.head;
+        let mut seen = 0u32;
+        let mut bytes = 0u32;
+        loop {
+            if u32::from(index) >= entries {
+                return Err(Broken::Index(index));
+            }
+            seen += 1;
+            if seen > entries || chain.readable.len() + chain.writable.len() >= MAX_BUFFERS {
+                return Err(Broken::TooLong);
+            }
+            let at = table
+                .checked_add(16 * u64::from(index))
+                .ok_or(Broken::Descriptor(table))?;
+            let descriptor: Descriptor = memory
+                .read_obj(GuestAddress(at))
+                .map_err(|_| Broken::Descriptor(at))?;
+            let has = |flag: u32| u32::from(descriptor.flags()) & flag != 0;
+            if has(VRING_DESC_F_INDIRECT) {
+                let length = descriptor.len();
+                if !self.indirect
+                    || inside_indirect
+                    || has(VRING_DESC_F_NEXT)
+                    || length == 0
+                    || !length.is_multiple_of(16)
+                {
+                    return Err(Broken::Indirect);
+                }
+                table = descriptor.addr().0;
+                entries = length / 16;
+                inside_indirect = true;
+                index = 0;
+                seen = 0;
+                continue;
+            }
+            let buffer = Buffer {
+                address: descriptor.addr(),
+                length: descriptor.len(),
+            };
+            bytes = bytes.checked_add(buffer.length).ok_or(Broken::Overflow)?;
+            if has(VRING_DESC_F_WRITE) {
+                chain.writable.push(buffer);
+            } else if chain.writable.is_empty() {
+                chain.readable.push(buffer);
+            } else {
+                return Err(Broken::Order);
+            }
+            if !has(VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+    }
+
+    /// Returns the chain `head` to the driver, with `written` bytes at the front of its writable
+    /// buffers.
+    ///
+    /// # Errors
+    /// [`Broken::Ring`].
+    pub fn push<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        head: u16,
+        written: u32,
+    ) -> Result<(), Broken> {
+        self.queue
+            .add_used(memory, head, written)
+            .map_err(|_| Broken::Ring)
+    }
+
+    /// Whether the driver wants an interrupt for what was pushed since the last call.
+    ///
+    /// # Errors
+    /// [`Broken::Ring`].
+    pub fn wants_interrupt<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, Broken> {
+        if !self.queue.event_idx_enabled() {
+            // The used index must be visible before the flags are read (2.7.7.2).
+            fence(Ordering::SeqCst);
+            let flags: u16 = memory
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+                .map_err(|_| Broken::Ring)?;
+            return Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        }
+        self.queue
+            .needs_notification(memory)
+            .map_err(|_| Broken::Ring)
+    }
+
+    /// Asks the driver for notifications. `true`: buffers came in meanwhile, for which there may
+    /// be none; look again.
+    ///
+    /// # Errors
+    /// [`Broken::Ring`].
+    pub fn enable_kicks<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, Broken> {
+        self.queue
+            .enable_notification(memory)
+            .map_err(|_| Broken::Ring)
+    }
+
+    /// Tells the driver that notifications are not needed: the device is looking anyway.
+    ///
+    /// # Errors
+    /// [`Broken::Ring`].
+    pub fn disable_kicks<M: GuestMemory>(&mut self, memory: &M) -> Result<(), Broken> {
+        self.queue
+            .disable_notification(memory)
+            .map_err(|_| Broken::Ring)
+    }
+}
