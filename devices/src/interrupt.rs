@@ -23,10 +23,12 @@ pub trait MsiSource: Send + Sync {
 /// One vector: an eventfd, and where it leads. Dropping the last reference frees its route.
 pub trait MsiVector: Send + Sync {
     /// Signalling this delivers the interrupt (by irqfd, from any thread or from the kernel).
+    /// It is non-blocking (`EFD_NONBLOCK`).
     fn eventfd(&self) -> &EventFd;
 
-    /// Leads the eventfd to `msi`; `None` disconnects it, and a signal then is not delivered and
-    /// not remembered (the caller keeps pending bits).
+    /// Leads the eventfd to `msi`; `None` disconnects it: a signal is then not delivered but
+    /// stays in the eventfd's counter, and is delivered when the eventfd is connected again (KVM
+    /// does so when the irqfd is assigned).
     ///
     /// # Errors
     /// The host refused the route; the vector is disconnected then.

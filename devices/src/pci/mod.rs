@@ -7,10 +7,14 @@
 pub mod bar;
 pub mod config;
 pub mod function;
+pub mod msi;
+pub mod msix;
 
 pub mod root;
+mod vector;
 
 pub use bar::{Bar, BarKind};
 pub use config::ConfigSpace;
 pub use function::{Decoded, Effect, IoEvent, PciFunction, Space};
 pub use root::{ConfigPorts, Ecam, PciRoot, Placement, RootConfig, Slot};
+pub use vector::Delivery;

@@ -7,5 +7,7 @@
 
 pub mod device;
 pub mod ring;
+pub mod transport;
 
 pub use device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
+pub use transport::{VirtioPci, VirtioPciError};
