@@ -15,6 +15,7 @@ pub mod backend;
 pub mod dma;
 mod ids;
 pub mod interrupt;
+pub mod page_requests;
 pub mod pasid;
 pub mod reserved;
 pub mod spec;
