@@ -54,14 +54,22 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Silent { socket, waited_for, limit } => write!(
+            Self::Silent {
+                socket,
+                waited_for,
+                limit,
+            } => write!(
                 f,
                 "the agent behind {} did not answer {waited_for} within {} s",
                 socket.display(),
                 limit.as_secs()
             ),
             Self::Closed { socket, waited_for } => {
-                write!(f, "the channel {} ended while {waited_for} ran", socket.display())
+                write!(
+                    f,
+                    "the channel {} ended while {waited_for} ran",
+                    socket.display()
+                )
             }
             Self::Io { socket, .. } => write!(f, "the channel {} failed", socket.display()),
         }
@@ -141,10 +149,17 @@ impl Client {
                 }
             }
             if !alive() {
-                return Err(Error::Closed { socket: socket.to_owned(), waited_for });
+                return Err(Error::Closed {
+                    socket: socket.to_owned(),
+                    waited_for,
+                });
             }
             if Instant::now() >= deadline {
-                return Err(Error::Silent { socket: socket.to_owned(), waited_for, limit });
+                return Err(Error::Silent {
+                    socket: socket.to_owned(),
+                    waited_for,
+                    limit,
+                });
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -153,8 +168,16 @@ impl Client {
     fn over(socket: &Path, stream: UnixStream) -> io::Result<Self> {
         stream.set_read_timeout(Some(TICK))?;
         stream.set_write_timeout(Some(Duration::from_secs(10)))?;
-        let reader = Ticking { stream: stream.try_clone()?, deadline: Instant::now() };
-        Ok(Self { socket: socket.to_owned(), stream, from: BufReader::new(reader), next_id: 1 })
+        let reader = Ticking {
+            stream: stream.try_clone()?,
+            deadline: Instant::now(),
+        };
+        Ok(Self {
+            socket: socket.to_owned(),
+            stream,
+            from: BufReader::new(reader),
+            next_id: 1,
+        })
     }
 
     /// Asks whether the agent is there.
@@ -178,16 +201,23 @@ impl Client {
     pub fn run(&mut self, command: &str, limit: Duration) -> Result<Output, Error> {
         let id = self.start(command, limit)?;
         // The agent kills the command at its limit; what comes later is a dead agent.
-        self.answer(&format!("`{command}`"), limit + Duration::from_secs(10), |answer| {
-            match answer {
-                Answer::Done { id: got, status, stdout, stderr } if got == id => Some(Output {
+        self.answer(
+            &format!("`{command}`"),
+            limit + Duration::from_secs(10),
+            |answer| match answer {
+                Answer::Done {
+                    id: got,
+                    status,
+                    stdout,
+                    stderr,
+                } if got == id => Some(Output {
                     status,
                     stdout: String::from_utf8_lossy(&stdout).into_owned(),
                     stderr: String::from_utf8_lossy(&stderr).into_owned(),
                 }),
                 _ => None,
-            }
-        })
+            },
+        )
     }
 
     /// Sends `command` and does not wait: for the last command of a guest's life.
@@ -197,7 +227,11 @@ impl Client {
     pub fn start(&mut self, command: &str, limit: Duration) -> Result<u64, Error> {
         let id = self.id();
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        self.send(&Request::Run { id, limit_ms, command: command.to_owned() })?;
+        self.send(&Request::Run {
+            id,
+            limit_ms,
+            command: command.to_owned(),
+        })?;
         Ok(id)
     }
 
@@ -207,8 +241,10 @@ impl Client {
     }
 
     fn send(&mut self, request: &Request) -> Result<(), Error> {
-        write_request(&mut self.stream, request)
-            .map_err(|source| Error::Io { socket: self.socket.clone(), source })
+        write_request(&mut self.stream, request).map_err(|source| Error::Io {
+            socket: self.socket.clone(),
+            source,
+        })
     }
 
     fn answer<T>(
@@ -243,7 +279,12 @@ impl Client {
                         waited_for: waited_for.to_owned(),
                     });
                 }
-                Err(source) => return Err(Error::Io { socket: self.socket.clone(), source }),
+                Err(source) => {
+                    return Err(Error::Io {
+                        socket: self.socket.clone(),
+                        source,
+                    });
+                }
             }
         }
     }

@@ -74,7 +74,11 @@ pub fn read_request(from: &mut impl BufRead) -> io::Result<Request> {
                 }
                 let command = payload(from, length)?;
                 if let Ok(command) = String::from_utf8(command) {
-                    return Ok(Request::Run { id, limit_ms, command });
+                    return Ok(Request::Run {
+                        id,
+                        limit_ms,
+                        command,
+                    });
                 }
             }
             _ => {}
@@ -97,9 +101,12 @@ pub fn read_answer(from: &mut impl BufRead) -> io::Result<Answer> {
                 }
             }
             ["DONE", id, status, out, err] => {
-                let (Ok(id), Ok(status), Ok(out), Ok(err)) =
-                    (id.parse(), status.parse(), out.parse::<usize>(), err.parse::<usize>())
-                else {
+                let (Ok(id), Ok(status), Ok(out), Ok(err)) = (
+                    id.parse(),
+                    status.parse(),
+                    out.parse::<usize>(),
+                    err.parse::<usize>(),
+                ) else {
                     continue;
                 };
                 if out > OUTPUT_LIMIT || err > OUTPUT_LIMIT {
@@ -107,7 +114,12 @@ pub fn read_answer(from: &mut impl BufRead) -> io::Result<Answer> {
                 }
                 let stdout = payload(from, out)?;
                 let stderr = payload(from, err)?;
-                return Ok(Answer::Done { id, status, stdout, stderr });
+                return Ok(Answer::Done {
+                    id,
+                    status,
+                    stdout,
+                    stderr,
+                });
             }
             _ => {}
         }
@@ -121,7 +133,11 @@ pub fn read_answer(from: &mut impl BufRead) -> io::Result<Answer> {
 pub fn write_request(to: &mut impl Write, request: &Request) -> io::Result<()> {
     let frame = match request {
         Request::Ping { id } => format!("\n@lab PING {id}\n"),
-        Request::Run { id, limit_ms, command } => {
+        Request::Run {
+            id,
+            limit_ms,
+            command,
+        } => {
             format!("\n@lab RUN {id} {limit_ms} {}\n{command}", command.len())
         }
     };
@@ -136,10 +152,18 @@ pub fn write_request(to: &mut impl Write, request: &Request) -> io::Result<()> {
 pub fn write_answer(to: &mut impl Write, answer: &Answer) -> io::Result<()> {
     match answer {
         Answer::Pong { id } => to.write_all(format!("\n@lab PONG {id}\n").as_bytes())?,
-        Answer::Done { id, status, stdout, stderr } => {
-            let mut frame =
-                format!("\n@lab DONE {id} {status} {} {}\n", stdout.len(), stderr.len())
-                    .into_bytes();
+        Answer::Done {
+            id,
+            status,
+            stdout,
+            stderr,
+        } => {
+            let mut frame = format!(
+                "\n@lab DONE {id} {status} {} {}\n",
+                stdout.len(),
+                stderr.len()
+            )
+            .into_bytes();
             frame.extend_from_slice(stdout);
             frame.extend_from_slice(stderr);
             to.write_all(&frame)?;
@@ -152,7 +176,12 @@ pub fn write_answer(to: &mut impl Write, answer: &Answer) -> io::Result<()> {
 fn header(from: &mut impl BufRead) -> io::Result<String> {
     loop {
         let mut line = Vec::new();
-        if from.by_ref().take(HEADER_LIMIT).read_until(b'\n', &mut line)? == 0 {
+        if from
+            .by_ref()
+            .take(HEADER_LIMIT)
+            .read_until(b'\n', &mut line)?
+            == 0
+        {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         // A terminal that was not yet raw adds a carriage return.
@@ -166,7 +195,11 @@ fn header(from: &mut impl BufRead) -> io::Result<String> {
 fn payload(from: &mut impl BufRead, length: usize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.by_ref().take(length as u64).read_to_end(&mut bytes)?;
-    if bytes.len() < length { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(bytes) }
+    if bytes.len() < length {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    } else {
+        Ok(bytes)
+    }
 }
 
 #[cfg(test)]
@@ -175,7 +208,11 @@ mod tests {
 
     #[test]
     fn a_request_survives_the_channel() {
-        let sent = Request::Run { id: 7, limit_ms: 1000, command: "echo 'a\nb'".into() };
+        let sent = Request::Run {
+            id: 7,
+            limit_ms: 1000,
+            command: "echo 'a\nb'".into(),
+        };
         let mut wire = Vec::new();
         write_request(&mut wire, &Request::Ping { id: 6 }).unwrap();
         write_request(&mut wire, &sent).unwrap();
@@ -186,7 +223,12 @@ mod tests {
 
     #[test]
     fn an_answer_is_found_among_a_kernels_words_and_echoes() {
-        let sent = Answer::Done { id: 1, status: -3, stdout: b"@lab x".into(), stderr: vec![0; 9] };
+        let sent = Answer::Done {
+            id: 1,
+            status: -3,
+            stdout: b"@lab x".into(),
+            stderr: vec![0; 9],
+        };
         let mut wire = b"[ 0.1] noise\r\n@lab PING 1\r\n@lab DONE 1 2\n\xff\xfe".to_vec();
         write_answer(&mut wire, &sent).unwrap();
         assert_eq!(read_answer(&mut wire.as_slice()).unwrap(), sent);
@@ -196,7 +238,10 @@ mod tests {
     fn lengths_beyond_the_limits_are_skipped() {
         let mut wire = format!("@lab DONE 1 0 {} 0\n@lab RUN 1 1 99999999\n", usize::MAX);
         wire.push_str("@lab PONG 4\n");
-        assert_eq!(read_answer(&mut wire.as_bytes()).unwrap(), Answer::Pong { id: 4 });
+        assert_eq!(
+            read_answer(&mut wire.as_bytes()).unwrap(),
+            Answer::Pong { id: 4 }
+        );
     }
 
     #[test]

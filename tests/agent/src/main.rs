@@ -76,9 +76,19 @@ fn mount(kind: &str, place: &str) -> io::Result<()> {
     let place = std::ffi::CString::new(place)?;
     // SAFETY: the three strings are NUL-terminated and outlive the call; no data is passed.
     let result = unsafe {
-        libc::mount(kind.as_ptr(), place.as_ptr(), kind.as_ptr(), 0, std::ptr::null())
+        libc::mount(
+            kind.as_ptr(),
+            place.as_ptr(),
+            kind.as_ptr(),
+            0,
+            std::ptr::null(),
+        )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 fn load_modules() {
@@ -98,7 +108,11 @@ fn load_module(path: &Path) -> io::Result<()> {
     // NUL-terminated literal.
     let result =
         unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Writes one line on the console, which is the kernel's and may be absent.
@@ -124,7 +138,11 @@ fn from_command_line(key: &str) -> Option<String> {
 fn channel() -> Option<PathBuf> {
     let deadline = Instant::now() + CHANNEL_LIMIT;
     loop {
-        for port in fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
+        for port in fs::read_dir("/sys/class/virtio-ports")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             if fs::read_to_string(port.path().join("name")).is_ok_and(|n| n.trim() == PORT_NAME) {
                 return Some(Path::new("/dev").join(port.file_name()));
             }
@@ -153,9 +171,18 @@ fn serve(path: &Path) -> io::Result<()> {
     loop {
         let answer = match read_request(&mut from)? {
             Request::Ping { id } => Answer::Pong { id },
-            Request::Run { id, limit_ms, command } => {
+            Request::Run {
+                id,
+                limit_ms,
+                command,
+            } => {
                 let (status, stdout, stderr) = run(&command, Duration::from_millis(limit_ms));
-                Answer::Done { id, status, stdout, stderr }
+                Answer::Done {
+                    id,
+                    status,
+                    stdout,
+                    stderr,
+                }
             }
         };
         write_answer(&mut to, &answer)?;
@@ -203,7 +230,9 @@ fn spawn_and_wait(command: &str, limit: Duration) -> io::Result<(i32, Vec<u8>, V
     let mut pause = Duration::from_millis(1);
     let status = loop {
         if let Some(status) = child.try_wait()? {
-            break status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+            break status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
         }
         if Instant::now() >= deadline {
             let group = -i32::try_from(child.id()).unwrap_or(i32::MAX);
@@ -221,7 +250,11 @@ fn spawn_and_wait(command: &str, limit: Duration) -> io::Result<(i32, Vec<u8>, V
 fn scratch(name: &str) -> io::Result<File> {
     let path = format!("/run/agent.{name}");
     let _ = fs::remove_file(&path);
-    OpenOptions::new().read(true).append(true).create(true).open(path)
+    OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .open(path)
 }
 
 fn contents(file: &mut File) -> io::Result<Vec<u8>> {

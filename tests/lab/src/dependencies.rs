@@ -61,11 +61,18 @@ pub fn check(root: &Path) -> Result<()> {
         .output()
         .context("cannot start cargo metadata")?;
     if !output.status.success() {
-        bail!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr));
+        bail!(
+            "cargo metadata: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     let metadata: Metadata = serde_json::from_slice(&output.stdout)?;
     let wrong = violations(&rules, &metadata.packages);
-    if wrong.is_empty() { Ok(()) } else { bail!("{}", wrong.join("\n")) }
+    if wrong.is_empty() {
+        Ok(())
+    } else {
+        bail!("{}", wrong.join("\n"))
+    }
 }
 
 fn violations(rules: &Rules, packages: &[Package]) -> Vec<String> {
@@ -80,7 +87,10 @@ fn violations(rules: &Rules, packages: &[Package]) -> Vec<String> {
             ));
         }
         if package.source.is_some() && !rules.bans.skip.iter().any(|s| s.covers(package)) {
-            versions.entry(&package.name).or_default().insert(&package.version);
+            versions
+                .entry(&package.name)
+                .or_default()
+                .insert(&package.version);
         }
     }
     for (name, versions) in versions {
@@ -105,7 +115,10 @@ impl Skip {
 /// Whether the SPDX expression (or cargo's older `A/B`) can be met with `allowed` licences.
 /// `AND` binds tighter than `OR`.
 fn permitted(expression: &str, allowed: &BTreeSet<String>) -> bool {
-    let text = expression.replace('/', " OR ").replace('(', " ( ").replace(')', " ) ");
+    let text = expression
+        .replace('/', " OR ")
+        .replace('(', " ( ")
+        .replace(')', " ) ");
     let words: Vec<&str> = text.split_whitespace().collect();
     let mut rest = words.as_slice();
     let value = any(&mut rest, allowed);
@@ -131,7 +144,9 @@ fn all(rest: &mut &[&str], allowed: &BTreeSet<String>) -> bool {
 }
 
 fn one(rest: &mut &[&str], allowed: &BTreeSet<String>) -> bool {
-    let Some((&word, after)) = rest.split_first() else { return false };
+    let Some((&word, after)) = rest.split_first() else {
+        return false;
+    };
     *rest = after;
     if word == "(" {
         let value = any(rest, allowed);
@@ -154,16 +169,31 @@ mod tests {
     use super::*;
 
     fn allowed() -> BTreeSet<String> {
-        ["MIT", "BSD-3-Clause", "Apache-2.0 WITH LLVM-exception"].map(str::to_owned).into()
+        ["MIT", "BSD-3-Clause", "Apache-2.0 WITH LLVM-exception"]
+            .map(str::to_owned)
+            .into()
     }
 
     #[test]
     fn a_licence_expression_is_met_as_spdx_says() {
-        for yes in ["MIT", "GPL-2.0 OR MIT", "MIT/GPL-2.0", "(GPL-2.0 OR MIT) AND BSD-3-Clause"] {
+        for yes in [
+            "MIT",
+            "GPL-2.0 OR MIT",
+            "MIT/GPL-2.0",
+            "(GPL-2.0 OR MIT) AND BSD-3-Clause",
+        ] {
             assert!(permitted(yes, &allowed()), "{yes}");
         }
         assert!(permitted("Apache-2.0 WITH LLVM-exception", &allowed()));
-        for no in ["GPL-2.0", "MIT AND GPL-2.0", "none", "", "(MIT", "Apache-2.0 WITH x", "MIT MIT"] {
+        for no in [
+            "GPL-2.0",
+            "MIT AND GPL-2.0",
+            "none",
+            "",
+            "(MIT",
+            "Apache-2.0 WITH x",
+            "MIT MIT",
+        ] {
             assert!(!permitted(no, &allowed()), "{no}");
         }
         assert!(permitted("GPL-2.0 AND MIT OR BSD-3-Clause", &allowed()));
@@ -179,7 +209,11 @@ mod tests {
         };
         let rules = Rules {
             licenses: Licenses { allow: allowed() },
-            bans: Bans { skip: vec![Skip { name: "old@1".into() }] },
+            bans: Bans {
+                skip: vec![Skip {
+                    name: "old@1".into(),
+                }],
+            },
         };
         let packages = [
             package("old", "1.3.2"),
@@ -189,6 +223,9 @@ mod tests {
         ];
         let wrong = violations(&rules, &packages);
         assert_eq!(wrong.len(), 1);
-        assert!(wrong[0].starts_with("two is there as 0.1.0 and 0.2.0"), "{wrong:?}");
+        assert!(
+            wrong[0].starts_with("two is there as 0.1.0 and 0.2.0"),
+            "{wrong:?}"
+        );
     }
 }

@@ -57,12 +57,21 @@ impl Fuzzers {
             bail!("building the fuzz targets failed; its errors stand above");
         }
         let program = out.join(TRIPLE).join("lab/fuzz");
-        let list = Command::new(&program).env("NESTLING_FUZZ", "list").output()?;
+        let list = Command::new(&program)
+            .env("NESTLING_FUZZ", "list")
+            .output()?;
         if !list.status.success() {
             bail!("{} does not list its targets", program.display());
         }
-        let names = String::from_utf8_lossy(&list.stdout).lines().map(str::to_owned).collect();
-        Ok(Self { program, work: root.join("target/lab/fuzz"), names })
+        let names = String::from_utf8_lossy(&list.stdout)
+            .lines()
+            .map(str::to_owned)
+            .collect();
+        Ok(Self {
+            program,
+            work: root.join("target/lab/fuzz"),
+            names,
+        })
     }
 
     /// Runs every target whose name contains `filter`, each for `time`, and says how it went.
@@ -72,9 +81,16 @@ impl Fuzzers {
     /// but counted.
     pub fn run(&self, filter: &str, time: Duration) -> Result<Tally> {
         let mut tally = Tally::default();
-        let chosen: Vec<_> = self.names.iter().filter(|name| name.contains(filter)).collect();
+        let chosen: Vec<_> = self
+            .names
+            .iter()
+            .filter(|name| name.contains(filter))
+            .collect();
         if chosen.is_empty() {
-            bail!("no fuzz target matches {filter:?}; there are: {}", self.names.join(", "));
+            bail!(
+                "no fuzz target matches {filter:?}; there are: {}",
+                self.names.join(", ")
+            );
         }
         for name in chosen {
             let started = Instant::now();
@@ -100,7 +116,10 @@ impl Fuzzers {
                 println!("  fuzz {name}: held for {runs} inputs in {seconds} s");
             } else {
                 tally.failed += 1;
-                println!("  fuzz {name}: BROKEN after {seconds} s; see {}", log.display());
+                println!(
+                    "  fuzz {name}: BROKEN after {seconds} s; see {}",
+                    log.display()
+                );
             }
         }
         Ok(tally)
@@ -111,7 +130,10 @@ impl Fuzzers {
     /// # Errors
     /// The target cannot be started or breaks.
     pub fn replay(&self, name: &str, input: &Path) -> Result<()> {
-        let status = Command::new(&self.program).arg(input).env("NESTLING_FUZZ", name).status()?;
+        let status = Command::new(&self.program)
+            .arg(input)
+            .env("NESTLING_FUZZ", name)
+            .status()?;
         if !status.success() {
             bail!("{name} breaks on {}", input.display());
         }
@@ -132,7 +154,10 @@ mod tests {
 
     #[test]
     fn the_number_of_inputs_is_read_from_the_statistics() {
-        assert_eq!(executions("x\nstat::number_of_executed_units: 1234\ny"), "1234");
+        assert_eq!(
+            executions("x\nstat::number_of_executed_units: 1234\ny"),
+            "1234"
+        );
         assert_eq!(executions(""), "?");
     }
 }

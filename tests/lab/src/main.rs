@@ -1,2 +1,274 @@
-//! See Cargo.toml.
-fn main() {}
+//! The lab: everything that proves nestling, on any machine. See tests/README.md.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+
+use lab::cache::Cache;
+use lab::fuzz::Fuzzers;
+use lab::machine::Hosts;
+use lab::place::{Place, Test, has_kvm};
+use lab::report::{Tally, step};
+use lab::setup::Supplies;
+use lab::{cache, debian, images, programs, report, setup, shell, suite};
+
+/// Everything that proves nestling, on any machine.
+///
+/// Guests run on this machine when its CPU has vmx or svm and /dev/kvm can be opened, else inside
+/// a host that QEMU emulates. What is downloaded or built is kept in a cache
+/// ($NESTLING_CACHE, else ~/.cache/nestling); logs are in target/lab/logs/TEST.
+#[derive(Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Run guests inside the emulated host even where this machine has KVM.
+    #[arg(long, global = true)]
+    emulate: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run every test; with FILTER, the guest tests whose name contains it.
+    Test {
+        /// Part of a guest test's name, see `cargo lab list`.
+        filter: Option<String>,
+        /// Only what needs no guest: formatting, lints, documentation, unit tests, fuzzing.
+        #[arg(long, conflicts_with = "filter")]
+        no_guests: bool,
+    },
+    /// List the guest tests, with the profile of hardware each one needs.
+    List,
+    /// Boot a guest, show its console and say what was proved.
+    Demo,
+    /// Open a shell in a guest, or on the host that the guests run on.
+    Shell {
+        /// The guest's kernel: 6.1, 6.12, 7.2 or lab; `host` for the host.
+        #[arg(default_value = "7.2")]
+        machine: String,
+        /// The hardware that the host has.
+        #[arg(long, default_value = "plain")]
+        profile: String,
+    },
+    /// Boot a guest many times in a row and count what is left behind.
+    Soak,
+    /// Measure: `boot` (beside QEMU in the same run), or any measurement of the guest tests.
+    Bench {
+        /// Part of a measurement's name.
+        #[arg(default_value = "boot")]
+        what: String,
+    },
+    /// Fuzz every target for a bounded time, or run one target on one stored input.
+    Fuzz {
+        /// Part of a target's name.
+        #[arg(default_value = "")]
+        target: String,
+        /// A stored input.
+        input: Option<PathBuf>,
+        /// Seconds for each target.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
+    /// Download and build what the tests need, and nothing else.
+    Setup,
+    /// Build the lab's own kernel from Debian's source, even where one stands ready.
+    Kernel,
+    /// Remove the cache and target/lab.
+    Clean,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<bool> {
+    let lab = Lab::open(cli.emulate)?;
+    match &cli.command {
+        Command::Test {
+            filter: None,
+            no_guests,
+        } => lab.test_everything(*no_guests),
+        Command::Test {
+            filter: Some(filter),
+            ..
+        } => lab.test_guests(filter, false),
+        Command::Soak => lab.test_guests("soak::", true),
+        Command::Bench { what } => lab.test_guests(&format!("bench::{what}"), true),
+        Command::List => {
+            for test in suite::list(&programs::build(&lab.root)?)? {
+                let request = if test.on_request { "  on request" } else { "" };
+                println!("{:60} {}{request}", test.name, test.profile);
+            }
+            Ok(true)
+        }
+        Command::Demo => lab.demo(),
+        Command::Shell { machine, profile } => lab.shell(machine, profile),
+        Command::Fuzz {
+            target,
+            input,
+            seconds,
+        } => {
+            debian::require(&[("c++", "g++")])?;
+            let fuzzers = step("build the fuzz targets", || Fuzzers::build(&lab.root))?;
+            match input {
+                Some(input) => fuzzers.replay(target, input).map(|()| true),
+                None => {
+                    let tally = fuzzers.run(target, Duration::from_secs(*seconds))?;
+                    Ok(tally.failed == 0)
+                }
+            }
+        }
+        Command::Setup => lab.supplies().map(|_| true),
+        Command::Kernel => {
+            let kernel = setup::build_kernel(&lab.root, &lab.cache)?;
+            println!("{}", kernel.display());
+            Ok(true)
+        }
+        Command::Clean => {
+            lab.cache.remove()?;
+            cache::remove(&lab.lab)?;
+            Ok(true)
+        }
+    }
+}
+
+/// Where everything is.
+struct Lab {
+    root: PathBuf,
+    /// `target/lab`.
+    lab: PathBuf,
+    cache: Cache,
+    emulate: bool,
+}
+
+impl Lab {
+    fn open(emulate: bool) -> Result<Self> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../..")
+            .canonicalize()
+            .context("the project's folder has moved since the lab was built; run it by cargo")?;
+        let lab = root.join("target/lab");
+        std::fs::create_dir_all(&lab)?;
+        let emulate = emulate || !has_kvm();
+        Ok(Self {
+            lab,
+            root,
+            cache: Cache::open()?,
+            emulate,
+        })
+    }
+
+    fn supplies(&self) -> Result<Supplies> {
+        Supplies::get(&self.root, &self.cache, self.emulate)
+    }
+
+    /// Builds what runs in machines and makes everything they boot with.
+    fn prepare(&self) -> Result<(Supplies, Vec<Test>)> {
+        report::section("Set-up");
+        let supplies = self.supplies()?;
+        let programs = step("build nestling and the guest tests", || {
+            programs::build(&self.root)
+        })?;
+        step("make the guests' images", || {
+            images::make(&supplies, &programs, &self.lab)
+        })?;
+        println!(
+            "  guests run {}",
+            if self.emulate {
+                "inside an emulated host: this machine has no KVM that can run them"
+            } else {
+                "on this machine's own KVM"
+            }
+        );
+        let tests = suite::list(&programs)?;
+        Ok((supplies, tests))
+    }
+
+    fn hosts(&self, supplies: &Supplies) -> Result<Hosts> {
+        Ok(Hosts {
+            qemu: supplies.qemu.clone().context("no QEMU was set up")?,
+            kernel: supplies.host_kernel.clone(),
+            root: self.root.clone(),
+            lab: self.lab.clone(),
+        })
+    }
+
+    fn place(&self, supplies: &Supplies) -> Result<Place> {
+        if self.emulate {
+            Ok(Place::emulated(self.hosts(supplies)?))
+        } else {
+            Ok(Place::Direct(self.lab.join("bin/guest-test")))
+        }
+    }
+
+    fn test_everything(&self, no_guests: bool) -> Result<bool> {
+        let mut tally = Tally::default();
+        debian::require(&[("cc", "gcc"), ("c++", "g++")])?;
+        suite::lints(&self.root, &mut tally);
+        suite::units(&self.root, &mut tally)?;
+        suite::fuzzing(&self.root, &mut tally);
+        if !no_guests {
+            let (supplies, tests) = self.prepare()?;
+            let tests: Vec<_> = tests.into_iter().filter(|t| !t.on_request).collect();
+            let mut place = self.place(&supplies)?;
+            suite::guests(&mut place, &tests, &self.lab, &mut tally);
+        }
+        Ok(tally.close())
+    }
+
+    fn test_guests(&self, filter: &str, on_request: bool) -> Result<bool> {
+        let (supplies, tests) = self.prepare()?;
+        let chosen: Vec<_> = tests
+            .into_iter()
+            .filter(|t| {
+                t.name.contains(filter) && (on_request || !t.on_request || t.name == filter)
+            })
+            .collect();
+        if chosen.is_empty() {
+            bail!("no guest test matches {filter:?}; see cargo lab list");
+        }
+        let mut tally = Tally::default();
+        let mut place = self.place(&supplies)?;
+        suite::guests(&mut place, &chosen, &self.lab, &mut tally);
+        Ok(tally.close())
+    }
+
+    fn demo(&self) -> Result<bool> {
+        let done = self.test_guests("demo::", true)?;
+        if done {
+            println!(
+                "\nThe guest was a stock Debian kernel under nestling {}.\n\
+                 Try `cargo lab shell` for a shell in it, and `cargo lab test` for every test.",
+                if self.emulate {
+                    "inside the emulated host"
+                } else {
+                    "on this machine"
+                }
+            );
+        }
+        Ok(done)
+    }
+
+    fn shell(&self, machine: &str, profile: &str) -> Result<bool> {
+        let (supplies, _) = self.prepare()?;
+        let host = if self.emulate {
+            let logs = self.lab.join("logs/shell");
+            Some(step(&format!("boot the host {profile}"), || {
+                self.hosts(&supplies)?.boot(profile, &logs)
+            })?)
+        } else {
+            None
+        };
+        shell::open(host, machine, &self.lab)
+    }
+}

@@ -1,0 +1,349 @@
+//! A guest under nestling: described, booted, asked, ended.
+
+use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use agent::{Client, Output};
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::{Lab, dmesg};
+
+/// How long a guest may take until its agent answers.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// How long a command in a guest may take.
+const RUN_LIMIT: Duration = Duration::from_secs(60);
+/// How long nestling may take to end once its guest has asked for it.
+const END_LIMIT: Duration = Duration::from_secs(30);
+
+/// A guest to be.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    kernel: String,
+    /// Another kernel file than the stock one's.
+    kernel_file: Option<PathBuf>,
+    cpus: u32,
+    memory: String,
+    cmdline: String,
+    tools: bool,
+    arguments: Vec<String>,
+}
+
+impl Guest {
+    /// A guest with one of Debian's kernels: `6.1`, `6.12` or `7.2`.
+    pub fn debian(kernel: &str) -> Self {
+        Self {
+            kernel: kernel.to_owned(),
+            kernel_file: None,
+            cpus: 1,
+            memory: "size=512M".to_owned(),
+            cmdline: "console=ttyS0 panic=-1".to_owned(),
+            tools: false,
+            arguments: Vec::new(),
+        }
+    }
+
+    /// A guest with the lab's own kernel, which has everything built in and boots fastest.
+    pub fn lab_kernel() -> Self {
+        Self::debian("lab")
+    }
+
+    /// With so many vCPUs.
+    pub fn cpus(mut self, count: u32) -> Self {
+        self.cpus = count;
+        self
+    }
+
+    /// With this memory, as `--memory` takes it (`size=2G,hugepages=on`).
+    pub fn memory(mut self, option: &str) -> Self {
+        self.memory = option.to_owned();
+        self
+    }
+
+    /// With more words on the kernel's command line.
+    pub fn cmdline(mut self, words: &str) -> Self {
+        self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// With a disk.
+    pub fn disk(self, image: &Path) -> Self {
+        self.option("--disk", &format!("path={}", image.display()))
+    }
+
+    /// With `lspci` and other programs that not every guest has.
+    pub fn tools(mut self) -> Self {
+        self.tools = true;
+        self
+    }
+
+    /// With another kernel file; the modules and the initramfs stay those of the stock one.
+    pub fn kernel_file(mut self, file: &Path) -> Self {
+        self.kernel_file = Some(file.to_owned());
+        self
+    }
+
+    /// With an option of `nestling run`.
+    pub fn option(mut self, name: &str, value: &str) -> Self {
+        self.arguments.extend([name.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// Starts nestling and waits until the guest takes commands.
+    ///
+    /// # Errors
+    /// nestling ends or the guest does not answer within its limit; the error has the last lines
+    /// of the guest's console.
+    pub fn boot(&self, lab: &Lab) -> Result<Machine> {
+        let mut machine = self.start(lab)?;
+        machine.wait_for_agent()?;
+        Ok(machine)
+    }
+
+    /// Starts nestling and waits for nothing: for guests that never take commands.
+    ///
+    /// # Errors
+    /// nestling cannot be started.
+    pub fn start(&self, lab: &Lab) -> Result<Machine> {
+        let number = lab.next_guest();
+        let socket = lab.file(&format!("channel-{number}"));
+        let console = lab.file(&format!("console-{number}"));
+        let said = lab.file(&format!("nestling-{number}"));
+        let mut command = Command::new(lab.nestling());
+        command
+            .arg("run")
+            .args(self.payload(lab, number)?)
+            .args([
+                "--cpus",
+                &format!("boot={}", self.cpus),
+                "--memory",
+                &self.memory,
+            ])
+            .arg("--serial")
+            .arg(format!("file={}", console.display()))
+            .arg("--console")
+            .arg(format!("socket={}", socket.display()))
+            .args(&self.arguments)
+            .env("RUST_BACKTRACE", "1")
+            .stdin(Stdio::null())
+            .stdout(File::create(&said)?)
+            .stderr(File::options().append(true).open(&said)?);
+        fs::write(
+            lab.logs().join(format!("guest-{number}.cmdline")),
+            format!("{command:?}\n"),
+        )?;
+        let started = Instant::now();
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {}", lab.nestling().display()))?;
+        Ok(Machine {
+            child,
+            client: None,
+            socket,
+            console,
+            said,
+            kept: lab.logs().join(format!("guest-{number}")),
+            started,
+            status: None,
+        })
+    }
+
+    /// `--kernel`, `--initramfs` and `--cmdline`.
+    ///
+    /// # Errors
+    /// The initramfs with tools cannot be written.
+    pub fn payload(&self, lab: &Lab, number: u32) -> Result<Vec<String>> {
+        let folder = lab.shared("guests").join(&self.kernel);
+        let kernel = self
+            .kernel_file
+            .clone()
+            .unwrap_or_else(|| folder.join("vmlinuz"));
+        let mut initramfs = folder.join("initramfs");
+        if self.tools {
+            let mut bytes = fs::read(&initramfs)?;
+            bytes.extend(fs::read(lab.shared("guests/tools"))?);
+            initramfs = lab.file(&format!("initramfs-{number}"));
+            fs::write(&initramfs, bytes)?;
+        }
+        Ok(vec![
+            "--kernel".into(),
+            kernel.display().to_string(),
+            "--initramfs".into(),
+            initramfs.display().to_string(),
+            "--cmdline".into(),
+            self.cmdline.clone(),
+        ])
+    }
+}
+
+/// A guest that runs. It ends with the value, and its logs are kept.
+#[derive(Debug)]
+pub struct Machine {
+    child: Child,
+    client: Option<Client>,
+    socket: PathBuf,
+    console: PathBuf,
+    said: PathBuf,
+    /// Where its logs are kept: this and an ending.
+    kept: PathBuf,
+    started: Instant,
+    status: Option<i32>,
+}
+
+/// How nestling ended, and what it left.
+#[derive(Debug)]
+pub struct Ended {
+    /// nestling's exit status; 128 and the signal's number when one ended it.
+    pub status: i32,
+    /// The guest's serial console.
+    pub console: String,
+    /// What nestling itself wrote.
+    pub said: String,
+}
+
+impl Machine {
+    fn wait_for_agent(&mut self) -> Result<()> {
+        let child = &mut self.child;
+        let alive = || matches!(child.try_wait(), Ok(None));
+        match Client::connect(&self.socket, BOOT_LIMIT, alive) {
+            Ok(client) => {
+                self.client = Some(client);
+                Ok(())
+            }
+            Err(error) => Err(anyhow!(error).context(self.last_words())),
+        }
+    }
+
+    /// nestling's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The time since nestling was started.
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Runs a command that must succeed, and gives what it wrote.
+    ///
+    /// # Errors
+    /// The command failed, or the guest does not answer.
+    pub fn run(&mut self, command: &str) -> Result<String> {
+        self.run_within(RUN_LIMIT, command)
+    }
+
+    /// The same with another limit.
+    ///
+    /// # Errors
+    /// The command failed or took too long, or the guest does not answer.
+    pub fn run_within(&mut self, limit: Duration, command: &str) -> Result<String> {
+        let output = self.try_run(limit, command)?;
+        if output.status != 0 {
+            bail!(
+                "`{command}` in the guest: status {}\n{}{}",
+                output.status,
+                output.stdout,
+                output.stderr
+            );
+        }
+        Ok(output.stdout)
+    }
+
+    /// Runs a command that may fail.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub fn try_run(&mut self, limit: Duration, command: &str) -> Result<Output> {
+        let client = self.client.as_mut().context("the guest has no agent")?;
+        match client.run(command, limit) {
+            Ok(output) => Ok(output),
+            Err(error) => Err(anyhow!(error).context(self.last_words())),
+        }
+    }
+
+    /// Sends a command that ends the guest, and waits for nestling's end.
+    ///
+    /// # Errors
+    /// nestling does not end.
+    pub fn end_by(mut self, command: &str) -> Result<Ended> {
+        let client = self.client.as_mut().context("the guest has no agent")?;
+        client.start(command, END_LIMIT)?;
+        self.wait(END_LIMIT)
+    }
+
+    /// Checks the guest's log, powers it off, and checks that nestling ends well.
+    ///
+    /// # Errors
+    /// The guest's kernel complained, or nestling's status is not 0.
+    pub fn power_off(mut self) -> Result<Ended> {
+        let log = self.run("dmesg -r")?;
+        fs::write(self.kept.with_extension("dmesg.log"), &log)?;
+        let ended = self.end_by("poweroff -f")?;
+        if ended.status != 0 {
+            bail!(
+                "nestling ended with status {} after a power-off\n{}",
+                ended.status,
+                ended.said
+            );
+        }
+        dmesg::check("the guest's kernel", &log)?;
+        Ok(ended)
+    }
+
+    /// Waits for nestling's end.
+    ///
+    /// # Errors
+    /// It does not end within `limit`; it is killed then.
+    pub fn wait(mut self, limit: Duration) -> Result<Ended> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                let status = status
+                    .code()
+                    .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+                self.status = Some(status);
+                return Ok(Ended {
+                    status,
+                    console: lossy(&self.console),
+                    said: lossy(&self.said),
+                });
+            }
+            if Instant::now() >= deadline {
+                bail!(
+                    "nestling did not end within {} s\n{}",
+                    limit.as_secs(),
+                    self.last_words()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let said = lossy(&self.said);
+        let console = lossy(&self.console);
+        let lines: Vec<&str> = console.lines().collect();
+        let from = lines.len().saturating_sub(15);
+        format!(
+            "nestling said: {said}\nthe console ended with:\n{}",
+            lines[from..].join("\n")
+        )
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        let _ = fs::copy(&self.console, self.kept.with_extension("console.log"));
+        let _ = fs::copy(&self.said, self.kept.with_extension("nestling.log"));
+    }
+}
+
+fn lossy(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}

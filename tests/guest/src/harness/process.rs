@@ -1,0 +1,83 @@
+//! What a process holds: to count what is left behind, and what nestling itself costs.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+
+/// What one process holds at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// Open file descriptors.
+    pub fds: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Memory that is its own, without the guest's (which is shared memory), in KiB.
+    pub own_kib: u64,
+}
+
+/// What the process `pid` holds.
+///
+/// # Errors
+/// It is gone.
+pub fn holding(pid: u32) -> Result<Holding> {
+    let count = |what: &str| -> Result<usize> {
+        let folder = format!("/proc/{pid}/{what}");
+        Ok(fs::read_dir(&folder)
+            .with_context(|| format!("cannot read {folder}"))?
+            .count())
+    };
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kib = |key: &str| field(&status, key);
+    Ok(Holding {
+        fds: count("fd")?,
+        threads: count("task")?,
+        own_kib: kib("RssAnon:") + kib("RssFile:"),
+    })
+}
+
+fn field(status: &str, key: &str) -> u64 {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(key))
+        .unwrap_or_default();
+    line.split_whitespace()
+        .next()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0)
+}
+
+/// Memory that the host has left, in KiB.
+///
+/// # Errors
+/// `/proc/meminfo` cannot be read.
+pub fn available_kib() -> Result<u64> {
+    Ok(field(
+        &fs::read_to_string("/proc/meminfo")?,
+        "MemAvailable:",
+    ))
+}
+
+/// The processes that run a program of this name and were started by this one.
+pub fn named(name: &str) -> Vec<u32> {
+    let me = std::process::id();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|n| n.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+        let is = |key: &str, value: &str| {
+            status
+                .lines()
+                .any(|l| l.strip_prefix(key).is_some_and(|v| v.trim() == value))
+        };
+        if is("Name:", name) && is("PPid:", &me.to_string()) {
+            found.push(pid);
+        }
+    }
+    found
+}

@@ -1,0 +1,45 @@
+//! The guest tests: nestling runs real guests on a host with KVM, and every promise is checked
+//! from inside. The lab starts this program there once for each test (`guest-test run NAME`).
+//! See tests/README.md for how to add one.
+
+pub mod boot;
+pub mod demo;
+pub mod harness;
+
+use anyhow::{Context, Result, bail};
+
+use harness::Test;
+
+/// Every module's tests.
+pub const ALL: &[(&str, &[Test])] = &[("boot", boot::TESTS), ("demo", demo::TESTS)];
+
+/// Does what the command line says: `list`, or `run MODULE::TEST`.
+///
+/// # Errors
+/// The test failed, or the command line is none.
+pub fn run(words: &[&str]) -> Result<()> {
+    match words {
+        ["list"] => {
+            println!("{}", serde_json::to_string(&harness::list(ALL))?);
+            Ok(())
+        }
+        ["run", name] => {
+            let (module, test) = name
+                .split_once("::")
+                .context("a test is named module::test")?;
+            let tests = ALL
+                .iter()
+                .find(|(m, _)| *m == module)
+                .map(|(_, tests)| tests);
+            let test = tests.and_then(|tests| tests.iter().find(|t| t.name == test));
+            harness::run(
+                name,
+                test.with_context(|| format!("there is no test {name}"))?,
+            )
+        }
+        ["shell-open", kernel] => harness::shell::open(kernel),
+        ["shell-run", command] => harness::shell::run(command),
+        ["shell-close"] => harness::shell::close(),
+        _ => bail!("usage: guest-test list | run MODULE::TEST; the lab starts this program"),
+    }
+}

@@ -1,0 +1,157 @@
+//! The initramfs images that machines of the lab boot with, made anew from the agent just built.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cpio::Archive;
+use crate::setup::{LAB_KERNEL, Supplies};
+
+/// Writes everything that the machines see into `lab` (`target/lab`), which they all share:
+/// `bin/`, and `guests/NAME/{vmlinuz,initramfs}` with `guests/tools` to append.
+///
+/// # Errors
+/// A file cannot be read or written.
+pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
+    let bin = lab.join("bin");
+    fs::create_dir_all(&bin)?;
+    for program in ["nestling", "guest-test", "agent"] {
+        place(&programs.join(program), &bin.join(program))?;
+    }
+    let agent = programs.join("agent");
+    let mut kernels = vec![(LAB_KERNEL, None)];
+    for (name, folder) in &supplies.stock {
+        kernels.push((name.as_str(), Some(folder)));
+    }
+    for (name, stock) in kernels {
+        let folder = lab.join("guests").join(name);
+        fs::create_dir_all(&folder)?;
+        let mut archive = base(&supplies.busybox, &agent)?;
+        match stock {
+            None => place(&supplies.host_kernel, &folder.join("vmlinuz"))?,
+            Some(stock) => {
+                place(&stock.join("vmlinuz"), &folder.join("vmlinuz"))?;
+                add_modules(&mut archive, stock)?;
+            }
+        }
+        write(&folder.join("initramfs"), &archive.finish())?;
+    }
+    write(&lab.join("guests/tools"), &tools(&supplies.tools)?)?;
+    let mut host = base(&supplies.busybox, &agent)?.finish();
+    host.extend(tools(&supplies.tools)?);
+    write(&lab.join("guests/host-initramfs"), &host)
+}
+
+/// An init with a shell.
+fn base(busybox: &Path, agent: &Path) -> Result<Archive> {
+    let mut archive = Archive::default();
+    for folder in [
+        "dev", "proc", "sys", "tmp", "run", "root", "etc", "mnt", "lab", "sbin",
+    ] {
+        archive.folder(folder);
+    }
+    // Without it an init has no standard output before devtmpfs is mounted.
+    archive.device("dev/console", 5, 1);
+    archive.device("dev/null", 1, 3);
+    archive.file("init", agent)?;
+    archive.file("bin/busybox", busybox)?;
+    let list = Command::new(busybox)
+        .arg("--list")
+        .output()
+        .context("busybox --list")?;
+    for applet in String::from_utf8_lossy(&list.stdout)
+        .lines()
+        .filter(|a| *a != "busybox")
+    {
+        archive.link(&format!("bin/{applet}"), "busybox");
+    }
+    // What the kernel calls by its full path.
+    archive.link("sbin/modprobe", "../bin/busybox");
+    archive.link("sbin/poweroff", "../bin/busybox");
+    archive.bytes("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
+    archive.bytes("etc/group", 0o644, b"root:x:0:\n");
+    Ok(archive)
+}
+
+fn add_modules(archive: &mut Archive, stock: &Path) -> Result<()> {
+    let release = fs::read_to_string(stock.join("release"))?;
+    let place = format!("lib/modules/{release}");
+    for entry in fs::read_dir(stock.join("modules"))? {
+        let path = entry?.path();
+        let name = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .context("a module without a name")?;
+        if name != "load" {
+            archive.file(&format!("{place}/{name}"), &path)?;
+        }
+    }
+    let load = fs::read_to_string(stock.join("modules/load"))?;
+    let paths: String = load
+        .lines()
+        .map(|name| format!("/{place}/{name}\n"))
+        .collect();
+    archive.bytes("lib/modules/load", 0o644, paths.as_bytes());
+    Ok(())
+}
+
+/// Programs that are not in every guest, with the libraries they load.
+fn tools(tree: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    let lspci = tree.join("usr/bin/lspci");
+    archive.file("usr/bin/lspci", &lspci)?;
+    for library in libraries(&lspci, tree)? {
+        let name = library
+            .file_name()
+            .and_then(|n| n.to_str())
+            .context("a library's name")?;
+        let place = if name.starts_with("ld-linux") {
+            "lib64"
+        } else {
+            "lib/x86_64-linux-gnu"
+        };
+        archive.file(&format!("{place}/{name}"), &library)?;
+    }
+    Ok(archive.finish())
+}
+
+/// The shared libraries of a program, as this machine's loader finds them.
+fn libraries(program: &Path, tree: &Path) -> Result<BTreeSet<PathBuf>> {
+    let paths = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|p| tree.join(p));
+    let path = std::env::join_paths(paths)?;
+    let output = Command::new("ldd")
+        .arg(program)
+        .env("LD_LIBRARY_PATH", path)
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if text.contains("not found") || !output.status.success() {
+        bail!("ldd {}: {text}", program.display());
+    }
+    Ok(text
+        .lines()
+        .flat_map(str::split_whitespace)
+        .filter(|word| word.starts_with('/'))
+        .map(PathBuf::from)
+        .collect())
+}
+
+fn write(to: &Path, contents: &[u8]) -> Result<()> {
+    fs::write(to, contents).with_context(|| format!("cannot write {}", to.display()))
+}
+
+/// Copies a file unless the copy is there and not older.
+fn place(from: &Path, to: &Path) -> Result<()> {
+    let age = |path: &Path| fs::metadata(path).and_then(|m| Ok((m.modified()?, m.len())));
+    if let (Ok(new), Ok(old)) = (age(from), age(to))
+        && old.0 >= new.0
+        && old.1 == new.1
+    {
+        return Ok(());
+    }
+    let half = to.with_extension("new");
+    fs::copy(from, &half).with_context(|| format!("cannot copy {}", from.display()))?;
+    fs::rename(&half, to).with_context(|| format!("cannot write {}", to.display()))
+}

@@ -1,0 +1,17 @@
+//! The lab: everything that proves nestling, on any machine. See tests/README.md.
+
+pub mod cache;
+pub mod cpio;
+pub mod debian;
+pub mod dependencies;
+pub mod fuzz;
+pub mod images;
+pub mod machine;
+pub mod modules;
+pub mod place;
+pub mod profile;
+pub mod programs;
+pub mod report;
+pub mod setup;
+pub mod shell;
+pub mod suite;

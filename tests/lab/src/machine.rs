@@ -1,0 +1,225 @@
+//! The lab's host: a machine with KVM, played by QEMU where the machine at hand has none.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use agent::{Client, Output};
+use anyhow::{Context, Result, bail};
+
+use crate::profile::Profile;
+use crate::setup::Qemu;
+
+/// How long a host may take from its start until its agent answers.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// Where `target/lab` is seen inside a host.
+pub const SHARE: &str = "/lab";
+
+/// What every host is started with.
+#[derive(Clone, Debug)]
+pub struct Hosts {
+    /// The emulator.
+    pub qemu: Qemu,
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The project's folder.
+    pub root: PathBuf,
+    /// `target/lab`, shared with the host.
+    pub lab: PathBuf,
+}
+
+/// A running host. It ends with the value.
+#[derive(Debug)]
+pub struct Host {
+    child: Child,
+    client: Client,
+    /// The kernel's log, as its serial port wrote it.
+    pub console: PathBuf,
+}
+
+impl Hosts {
+    /// Boots a host of `profile` and waits until it takes commands. Its logs go into `logs`.
+    ///
+    /// # Errors
+    /// The emulator does not start or the host does not answer within its limit; the error names
+    /// the logs.
+    pub fn boot(&self, profile: &str, logs: &Path) -> Result<Host> {
+        let what = Profile::read(&self.root, profile)?;
+        fs::create_dir_all(logs)?;
+        let images = self.lab.join("images").join(profile);
+        fs::create_dir_all(&images)?;
+        for (name, mib) in &what.images {
+            File::create(images.join(name))?.set_len(mib << 20)?;
+        }
+        // A socket's path has 107 bytes at most; the build tree's may be longer.
+        let socket =
+            std::env::temp_dir().join(format!("nestling-lab-{}.agent", std::process::id()));
+        let _ = fs::remove_file(&socket);
+        let console = logs.join("host-console.log");
+        let messages = logs.join("qemu.log");
+        let mut command = self.qemu.command();
+        command
+            .args(["-accel", "tcg,thread=multi,tb-size=512"])
+            .args(["-machine", "q35,kernel-irqchip=split", "-cpu", &what.cpu])
+            .args([
+                "-smp",
+                &what.cpus.to_string(),
+                "-m",
+                &format!("{}M", what.memory_mib),
+            ])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+            ])
+            .arg("-serial")
+            .arg(format!("file:{}", console.display()))
+            .arg("-kernel")
+            .arg(&self.kernel)
+            .arg("-initrd")
+            .arg(self.lab.join("guests/host-initramfs"))
+            .arg("-append")
+            .arg(format!(
+                "console=ttyS0 panic=-1 loglevel=7 printk.time=1 no_timer_check {}",
+                what.cmdline
+            ))
+            .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
+            .arg("-chardev")
+            .arg(format!(
+                "socket,id=agent,path={},server=on,wait=off",
+                socket.display()
+            ))
+            .args([
+                "-device",
+                &format!("virtserialport,chardev=agent,name={}", agent::PORT_NAME),
+            ])
+            .arg("-virtfs")
+            .arg(format!(
+                "local,path={},mount_tag=lab,security_model=none,multidevs=remap",
+                self.lab.display()
+            ))
+            .args(
+                what.qemu
+                    .iter()
+                    .map(|a| a.replace("{images}", &images.to_string_lossy())),
+            )
+            .stdin(Stdio::null())
+            .stdout(File::create(&messages)?)
+            .stderr(File::options().append(true).open(&messages)?);
+        // SAFETY: between fork and exec only prctl is called, which is async-signal-safe.
+        unsafe { command.pre_exec(die_with_parent) };
+        fs::write(logs.join("qemu.cmdline"), format!("{command:?}\n"))?;
+        let mut child = command.spawn().context("cannot start QEMU")?;
+        let client = Client::connect(&socket, BOOT_LIMIT, || matches!(child.try_wait(), Ok(None)));
+        let _ = fs::remove_file(&socket);
+        let client = match client {
+            Ok(client) => client,
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                let said = fs::read_to_string(&messages).unwrap_or_default();
+                return Err(error).with_context(|| {
+                    format!(
+                        "the host of profile {profile} did not boot; its logs are in {}\n{said}",
+                        logs.display()
+                    )
+                });
+            }
+        };
+        let mut host = Host {
+            child,
+            client,
+            console,
+        };
+        host.expect(
+            &format!(
+                "mkdir -p {SHARE} && mount -t 9p -o \
+                 trans=virtio,version=9p2000.L,msize=512000,cache=mmap lab {SHARE} && \
+                 ip link set lo up && ulimit -n 65536 && \
+                 echo 0 > /proc/sys/kernel/printk_ratelimit"
+            ),
+            Duration::from_secs(20),
+        )?;
+        Ok(host)
+    }
+}
+
+/// However the lab ends, its hosts end with it.
+fn die_with_parent() -> std::io::Result<()> {
+    // SAFETY: this option of prctl takes numbers only.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    Ok(())
+}
+
+impl Host {
+    /// Runs a command.
+    ///
+    /// # Errors
+    /// The host does not answer. That the command failed is no error.
+    pub fn run(&mut self, command: &str, limit: Duration) -> Result<Output> {
+        self.client
+            .run(command, limit)
+            .with_context(|| match self.child.try_wait() {
+                Ok(Some(status)) => format!("the host has ended ({status}): {}", self.last_words()),
+                _ => format!("the host hangs: {}", self.last_words()),
+            })
+    }
+
+    /// Runs a command that must succeed, and gives its output.
+    ///
+    /// # Errors
+    /// The host does not answer or the command failed.
+    pub fn expect(&mut self, command: &str, limit: Duration) -> Result<String> {
+        let output = self.run(command, limit)?;
+        if output.status != 0 {
+            bail!(
+                "`{command}` on the host: status {}: {}",
+                output.status,
+                output.stderr
+            );
+        }
+        Ok(output.stdout)
+    }
+
+    /// How much the host's kernel has logged.
+    pub fn log_length(&self) -> u64 {
+        fs::metadata(&self.console).map_or(0, |m| m.len())
+    }
+
+    fn last_words(&self) -> String {
+        let log = fs::read(&self.console).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        let from = lines.len().saturating_sub(12);
+        format!(
+            "the end of {}:\n{}",
+            self.console.display(),
+            lines[from..].join("\n")
+        )
+    }
+
+    /// Ends the host: asked first, then killed.
+    pub fn power_off(mut self) {
+        let _ = self
+            .client
+            .start("sync; poweroff -f", Duration::from_secs(5));
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < deadline {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

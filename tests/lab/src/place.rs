@@ -1,0 +1,201 @@
+//! Where guest tests run: on this machine when it has KVM that can run Linux, else on the lab's
+//! emulated host. One program, `guest-test`, runs there either way.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::machine::{Host, Hosts, SHARE};
+
+/// One guest test, as the test program lists it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Test {
+    /// `module::name`.
+    pub name: String,
+    /// The hardware that it needs.
+    pub profile: String,
+    /// It is killed after this many seconds.
+    pub limit: u64,
+    /// Only run when named: a soak, a benchmark, a look around.
+    pub on_request: bool,
+}
+
+/// The place where guest tests run.
+#[derive(Debug)]
+pub enum Place {
+    /// This machine. It has only its own hardware: what needs a profile of emulated devices
+    /// runs in the lab's host all the same.
+    Direct(PathBuf),
+    /// The lab's host, booted when needed and again when a test broke it.
+    Emulated(Box<Emulated>),
+}
+
+/// The lab's hosts, one at a time.
+#[derive(Debug)]
+pub struct Emulated {
+    hosts: Hosts,
+    running: Option<(String, Host)>,
+    boots: u32,
+}
+
+/// Whether this machine can run guests itself.
+pub fn has_kvm() -> bool {
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let hardware = flags.lines().any(|line| {
+        line.starts_with("flags") && line.split_whitespace().any(|f| f == "vmx" || f == "svm")
+    });
+    hardware
+        && OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok()
+}
+
+impl Place {
+    /// The lab's hosts, none booted yet.
+    pub fn emulated(hosts: Hosts) -> Self {
+        Self::Emulated(Box::new(Emulated {
+            hosts,
+            running: None,
+            boots: 0,
+        }))
+    }
+
+    /// Runs one test with its logs in `target/lab/logs/TEST`.
+    ///
+    /// # Errors
+    /// The test failed; the error is what it said, and where the logs are.
+    pub fn run(&mut self, test: &Test, lab: &Path) -> Result<()> {
+        let logs = lab.join("logs").join(&test.name);
+        crate::cache::remove(&logs)?;
+        fs::create_dir_all(&logs)?;
+        let outcome = match self {
+            Self::Direct(program) => direct(program, test, lab, &logs),
+            Self::Emulated(emulated) => emulated.run(test, &logs),
+        };
+        outcome.with_context(|| format!("logs: {}", logs.display()))
+    }
+}
+
+fn direct(program: &Path, test: &Test, lab: &Path, logs: &Path) -> Result<()> {
+    let mut child = Command::new(program)
+        .args(["run", &test.name])
+        .env("NESTLING_LAB", lab)
+        .stdin(Stdio::null())
+        .stdout(File::create(logs.join("test.log"))?)
+        .stderr(File::create(logs.join("verdict"))?)
+        .spawn()?;
+    let deadline = Instant::now() + Duration::from_secs(test.limit + 10);
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("killed after {} s", test.limit);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    print!(
+        "{}",
+        lines_to_show(&fs::read_to_string(logs.join("test.log"))?)
+    );
+    if !status.success() {
+        bail!("{}", fs::read_to_string(logs.join("verdict"))?.trim());
+    }
+    Ok(())
+}
+
+impl Emulated {
+    /// A host of `profile`, running.
+    ///
+    /// # Errors
+    /// It does not boot.
+    pub fn host(&mut self, profile: &str) -> Result<&mut Host> {
+        if self
+            .running
+            .as_ref()
+            .is_some_and(|(name, _)| name != profile)
+            && let Some((_, host)) = self.running.take()
+        {
+            host.power_off();
+        }
+        if self.running.is_none() {
+            self.boots += 1;
+            let logs = self
+                .hosts
+                .lab
+                .join("logs")
+                .join(format!("host-{}-{profile}", self.boots));
+            let started = Instant::now();
+            let host = self.hosts.boot(profile, &logs)?;
+            println!(
+                "  host {profile} booted in {:.1} s",
+                started.elapsed().as_secs_f64()
+            );
+            self.running = Some((profile.to_owned(), host));
+        }
+        match &mut self.running {
+            Some((_, host)) => Ok(host),
+            None => bail!("no host of profile {profile}"),
+        }
+    }
+
+    fn run(&mut self, test: &Test, logs: &Path) -> Result<()> {
+        let host = self.host(&test.profile)?;
+        let before = host.log_length();
+        let result = host.run(
+            &format!(
+                "NESTLING_LAB={SHARE} {SHARE}/bin/guest-test run {}",
+                test.name
+            ),
+            Duration::from_secs(test.limit + 10),
+        );
+        let console = copy_from(&host.console, before, &logs.join("host-console.log"));
+        let output = match result {
+            Ok(output) => output,
+            Err(error) => {
+                // A host that does not answer is of no use to the next test.
+                self.running = None;
+                return Err(error);
+            }
+        };
+        console?;
+        fs::write(logs.join("test.log"), &output.stdout)?;
+        fs::write(logs.join("verdict"), &output.stderr)?;
+        print!("{}", lines_to_show(&output.stdout));
+        match output.status {
+            0 => Ok(()),
+            agent::TIMED_OUT => {
+                // Its VMM may still run.
+                self.running = None;
+                bail!("killed after {} s; {}", test.limit, output.stderr.trim())
+            }
+            _ => bail!("{}", output.stderr.trim()),
+        }
+    }
+}
+
+/// A test shows a line to the person at the terminal by starting it with `| `.
+fn lines_to_show(log: &str) -> String {
+    log.lines()
+        .filter_map(|line| line.strip_prefix("| "))
+        .map(|line| format!("         {line}\n"))
+        .collect()
+}
+
+fn copy_from(log: &Path, from: u64, to: &Path) -> Result<()> {
+    let mut file = File::open(log)?;
+    file.seek(SeekFrom::Start(from))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    fs::write(to, bytes)?;
+    Ok(())
+}
