@@ -18,10 +18,12 @@ use crate::setup::{LAB_KERNEL, Supplies};
 pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
     let bin = lab.join("bin");
     fs::create_dir_all(&bin)?;
-    for program in ["nestling", "guest-test", "agent"] {
+    for program in ["nestling", "guest-test"] {
         place(&programs.join(program), &bin.join(program))?;
     }
-    let agent = programs.join("agent");
+    // Debugging information would be most of every guest's initramfs.
+    let agent = bin.join("init");
+    strip(&programs.join("agent"), &agent)?;
     let mut kernels = vec![(LAB_KERNEL, None)];
     for (name, folder) in &supplies.stock {
         kernels.push((name.as_str(), Some(folder)));
@@ -140,6 +142,19 @@ fn libraries(program: &Path, tree: &Path) -> Result<BTreeSet<PathBuf>> {
 
 fn write(to: &Path, contents: &[u8]) -> Result<()> {
     fs::write(to, contents).with_context(|| format!("cannot write {}", to.display()))
+}
+
+fn strip(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("strip")
+        .arg("-o")
+        .arg(to)
+        .arg(from)
+        .status()
+        .context("strip")?;
+    if !status.success() {
+        bail!("strip {} failed", from.display());
+    }
+    Ok(())
 }
 
 /// Copies a file unless the copy is there and not older.

@@ -83,6 +83,7 @@ impl Supplies {
             ("xz", "xz-utils"),
             ("zstd", "zstd"),
             ("cc", "gcc"),
+            ("strip", "binutils"),
             ("/usr/include/stdio.h", "libc6-dev"),
         ])?;
         let mut apt = LazyApt { cache, apt: None };
@@ -211,7 +212,10 @@ impl Qemu {
         let mut command = Command::new(&self.program);
         if let Some(tree) = &self.tree {
             let libraries = tree.join("usr/lib/x86_64-linux-gnu");
-            command.env("LD_LIBRARY_PATH", &libraries);
+            let mut path = libraries.clone().into_os_string();
+            path.push(":");
+            path.push(tree.join("lib/x86_64-linux-gnu"));
+            command.env("LD_LIBRARY_PATH", path);
             command.env("QEMU_MODULE_DIR", libraries.join("qemu"));
             command.arg("-L").arg(tree.join("usr/share/qemu"));
             command.arg("-L").arg(tree.join("usr/share/seabios"));
