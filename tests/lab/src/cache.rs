@@ -125,7 +125,7 @@ fn holds(place: &Path) -> Result<bool> {
 
 fn write_sums(place: &Path) -> Result<()> {
     let script = format!(
-        "find . -type f ! -name {SUMS} -print0 | sort -z | xargs -0 sha256sum -- > {SUMS}.new \
+        "find . -type f ! -name '{SUMS}*' -print0 | sort -z | xargs -0 sha256sum -- > {SUMS}.new \
          && mv {SUMS}.new {SUMS}"
     );
     let status = Command::new("sh")
