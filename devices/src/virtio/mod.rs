@@ -5,9 +5,15 @@
 //! specification forbids; guest memory is reached through the device's
 //! [`DmaPort`](viommu::dma::DmaPort) only.
 
+pub mod block;
+pub mod buffers;
 pub mod device;
 pub mod ring;
+pub mod rng;
 pub mod transport;
+pub mod worker;
 
+pub use block::{Block, BlockConfig, BlockError};
 pub use device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
+pub use rng::{Rng, RngError};
 pub use transport::{VirtioPci, VirtioPciError};

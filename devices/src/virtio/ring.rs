@@ -10,11 +10,15 @@ use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+
+/// The ring features that [`Ring`] implements, for a device to offer.
+pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// The most buffers that one chain may have. Linux chains longer than the queue only through
 /// indirect tables, and never longer than a device's own segment limits, which are below this.
@@ -170,6 +174,18 @@ impl Ring {
         chain.head = head;
         self.walk(memory, chain)?;
         Ok(true)
+    }
+
+    /// Whether there is another chain to pop.
+    ///
+    /// # Errors
+    /// [`Broken::Ring`].
+    pub fn has_more<M: GuestMemory>(&self, memory: &M) -> Result<bool, Broken> {
+        let available = self
+            .queue
+            .avail_idx(memory, Ordering::Relaxed)
+            .map_err(|_| Broken::Ring)?;
+        Ok(available.0 != self.queue.next_avail())
     }
 
     /// Gives the chain that was popped last back to the ring, to be popped again.

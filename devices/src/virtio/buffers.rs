@@ -1,0 +1,347 @@
+//! Moving bytes between a chain's buffers and the device or a file, without a copy in between
+//! where a file is the other side.
+//!
+//! A driver may cut a request into buffers wherever it likes (virtio 1.3, 2.7.4.1), so nothing
+//! here assumes where one buffer ends. A translated buffer may be many slices of guest memory;
+//! they are handed to the kernel in batches of bounded length.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use thiserror::Error;
+use vm_memory::bitmap::BS;
+use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
+
+use super::ring::Buffer;
+
+/// Slices per system call. `IOV_MAX` is 1024; this many make the call's own cost vanish.
+const BATCH: usize = 128;
+
+/// Why bytes were not moved.
+#[derive(Error, Debug)]
+pub enum TransferError {
+    /// A buffer is not memory that the device can access.
+    #[error("a buffer is not in memory the device can access")]
+    Memory,
+    /// The file ended early.
+    #[error("the file is shorter than it was")]
+    Short,
+    /// The host failed.
+    #[error(transparent)]
+    Host(#[from] io::Error),
+}
+
+/// Total length, in bytes.
+pub fn length(buffers: &[Buffer]) -> u64 {
+    buffers.iter().map(|buffer| u64::from(buffer.length)).sum()
+}
+
+/// Takes `bytes` off the front. `false`, with nothing left, when there were fewer.
+pub fn trim_front(buffers: &mut Vec<Buffer>, bytes: u32) -> bool {
+    let mut left = bytes;
+    let mut gone = 0;
+    for buffer in buffers.iter_mut() {
+        if left < buffer.length {
+            // An address that wraps is refused by the access itself.
+            buffer.address.0 = buffer.address.0.wrapping_add(left.into());
+            buffer.length -= left;
+            left = 0;
+            break;
+        }
+        left -= buffer.length;
+        gone += 1;
+    }
+    buffers.drain(..gone);
+    left == 0
+}
+
+/// Keeps the first `most` bytes.
+pub fn truncate(buffers: &mut Vec<Buffer>, most: u32) {
+    let mut left = most;
+    for buffer in buffers.iter_mut() {
+        buffer.length = buffer.length.min(left);
+        left -= buffer.length;
+    }
+    buffers.retain(|buffer| buffer.length > 0);
+}
+
+/// Takes the last byte off and returns where it is.
+pub fn take_last(buffers: &mut Vec<Buffer>) -> Option<Buffer> {
+    while let Some(buffer) = buffers.last_mut() {
+        let Some(rest) = buffer.length.checked_sub(1) else {
+            buffers.pop();
+            continue;
+        };
+        buffer.length = rest;
+        return Some(Buffer {
+            address: vm_memory::GuestAddress(buffer.address.0.wrapping_add(rest.into())),
+            length: 1,
+        });
+    }
+    None
+}
+
+/// Copies from the front of `buffers` until `data` is full. `false` when there is not enough or
+/// it cannot be read.
+pub fn copy_in<M: GuestMemory>(memory: &M, buffers: &[Buffer], data: &mut [u8]) -> bool {
+    let mut rest = data;
+    for buffer in buffers {
+        let count = rest.len().min(buffer.length as usize);
+        let (part, after) = rest.split_at_mut(count);
+        if memory.read_slice(part, buffer.address).is_err() {
+            return false;
+        }
+        rest = after;
+    }
+    rest.is_empty()
+}
+
+/// Copies `data` to the front of `buffers`, as much as fits; the number of bytes, or `None` when
+/// they cannot be written.
+pub fn copy_out<M: GuestMemory>(memory: &M, buffers: &[Buffer], data: &[u8]) -> Option<usize> {
+    let mut rest = data;
+    for buffer in buffers {
+        let count = rest.len().min(buffer.length as usize);
+        let (part, after) = rest.split_at(count);
+        memory.write_slice(part, buffer.address).ok()?;
+        rest = after;
+    }
+    Some(data.len() - rest.len())
+}
+
+/// Reads from `file` at `offset` until `buffers` are full.
+///
+/// # Errors
+/// See [`TransferError`]; some buffers may be written then.
+pub fn read_at<M: GuestMemory>(
+    memory: &M,
+    buffers: &[Buffer],
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> Result<(), TransferError> {
+    each_batch(memory, buffers, Permissions::Write, offset, |batch, at| {
+        batch.preadv(file, at)
+    })
+}
+
+/// Writes all of `buffers` to `file` at `offset`.
+///
+/// # Errors
+/// See [`TransferError`]; some bytes may be in the file then.
+pub fn write_at<M: GuestMemory>(
+    memory: &M,
+    buffers: &[Buffer],
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> Result<(), TransferError> {
+    each_batch(memory, buffers, Permissions::Read, offset, |batch, at| {
+        batch.pwritev(file, at)
+    })
+}
+
+/// Reads once from `file` (a packet, or what a stream has) into `buffers`. Buffers beyond what
+/// one call takes are left alone. The number of bytes.
+///
+/// # Errors
+/// See [`TransferError`].
+pub fn read_once<M: GuestMemory>(
+    memory: &M,
+    buffers: &[Buffer],
+    file: BorrowedFd<'_>,
+) -> Result<usize, TransferError> {
+    once(memory, buffers, Permissions::Write, |batch| {
+        batch.readv(file)
+    })
+}
+
+/// Writes `buffers` to `file` once, as one packet or as much as a stream takes. The number of
+/// bytes.
+///
+/// # Errors
+/// See [`TransferError`].
+pub fn write_once<M: GuestMemory>(
+    memory: &M,
+    buffers: &[Buffer],
+    file: BorrowedFd<'_>,
+) -> Result<usize, TransferError> {
+    once(memory, buffers, Permissions::Read, |batch| {
+        batch.writev(file)
+    })
+}
+
+/// A few slices of guest memory as the kernel takes them, valid as long as the borrow of the
+/// memory they are in.
+struct Batch<'m> {
+    slices: [libc::iovec; BATCH],
+    count: usize,
+    /// Slices before this were moved whole.
+    done: usize,
+    memory: PhantomData<&'m ()>,
+}
+
+impl<'m> Batch<'m> {
+    fn new() -> Self {
+        let empty = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        Self {
+            slices: [empty; BATCH],
+            count: 0,
+            done: 0,
+            memory: PhantomData,
+        }
+    }
+
+    /// `false` when there is no more room.
+    fn push<B: vm_memory::bitmap::BitmapSlice>(&mut self, slice: &VolatileSlice<'m, B>) -> bool {
+        let Some(free) = self.slices.get_mut(self.count) else {
+            return false;
+        };
+        *free = libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        };
+        self.count += 1;
+        true
+    }
+
+    fn left(&self) -> &[libc::iovec] {
+        self.slices.get(self.done..self.count).unwrap_or_default()
+    }
+
+    /// Drops the first `bytes` of what is left.
+    fn advance(&mut self, mut bytes: usize) {
+        while let Some(slice) = self.slices[..self.count].get_mut(self.done) {
+            if bytes < slice.iov_len {
+                slice.iov_base = slice.iov_base.wrapping_byte_add(bytes);
+                slice.iov_len -= bytes;
+                return;
+            }
+            bytes -= slice.iov_len;
+            self.done += 1;
+        }
+    }
+
+    fn preadv(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        let left = self.left();
+        let count = left.len() as libc::c_int;
+        let offset = offset_of(offset)?;
+        // SAFETY: every slice lies in mapped guest memory that the borrow 'm keeps mapped, and
+        // guest memory is only ever accessed as volatile, so that the kernel may write it.
+        check(unsafe { libc::preadv(file.as_raw_fd(), left.as_ptr(), count, offset) })
+    }
+
+    fn pwritev(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        let left = self.left();
+        let count = left.len() as libc::c_int;
+        let offset = offset_of(offset)?;
+        // SAFETY: every slice lies in mapped guest memory that the borrow 'm keeps mapped; the
+        // kernel only reads it.
+        check(unsafe { libc::pwritev(file.as_raw_fd(), left.as_ptr(), count, offset) })
+    }
+
+    fn readv(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
+        let left = self.left();
+        let count = left.len() as libc::c_int;
+        // SAFETY: every slice lies in mapped guest memory that the borrow 'm keeps mapped, and
+        // guest memory is only ever accessed as volatile, so that the kernel may write it.
+        check(unsafe { libc::readv(file.as_raw_fd(), left.as_ptr(), count) })
+    }
+
+    fn writev(&self, file: BorrowedFd<'_>) -> io::Result<usize> {
+        let left = self.left();
+        let count = left.len() as libc::c_int;
+        // SAFETY: every slice lies in mapped guest memory that the borrow 'm keeps mapped; the
+        // kernel only reads it.
+        check(unsafe { libc::writev(file.as_raw_fd(), left.as_ptr(), count) })
+    }
+}
+
+fn offset_of(offset: u64) -> io::Result<libc::off_t> {
+    offset
+        .try_into()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+fn check(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+fn slices<'m, M: GuestMemory>(
+    memory: &'m M,
+    buffers: &'m [Buffer],
+    access: Permissions,
+) -> impl Iterator<Item = Result<VolatileSlice<'m, BS<'m, M::Bitmap>>, TransferError>> {
+    buffers.iter().flat_map(move |buffer| {
+        let count = buffer.length as usize;
+        // vm-memory leaves an address that wraps to the caller.
+        let wraps = buffer.address.0.checked_add(count as u64).is_none();
+        let (found, refused) = match memory.get_slices(buffer.address, count, access) {
+            Ok(found) if !wraps => (Some(found), None),
+            _ => (None, Some(Err(TransferError::Memory))),
+        };
+        let found = found
+            .into_iter()
+            .flatten()
+            .map(|slice| slice.map_err(|_| TransferError::Memory));
+        refused.into_iter().chain(found)
+    })
+}
+
+fn each_batch<'m, M: GuestMemory>(
+    memory: &'m M,
+    buffers: &'m [Buffer],
+    access: Permissions,
+    mut offset: u64,
+    mut call: impl FnMut(&Batch<'m>, u64) -> io::Result<usize>,
+) -> Result<(), TransferError> {
+    let mut batch = Batch::new();
+    let mut flush = |batch: &mut Batch<'m>| {
+        while !batch.left().is_empty() {
+            match call(batch, offset) {
+                Ok(0) => return Err(TransferError::Short),
+                Ok(moved) => {
+                    batch.advance(moved);
+                    offset += moved as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        *batch = Batch::new();
+        Ok(())
+    };
+    for slice in slices(memory, buffers, access) {
+        let slice = slice?;
+        if slice.is_empty() {
+            continue;
+        }
+        if !batch.push(&slice) {
+            flush(&mut batch)?;
+            batch.push(&slice);
+        }
+    }
+    flush(&mut batch)
+}
+
+fn once<'m, M: GuestMemory>(
+    memory: &'m M,
+    buffers: &'m [Buffer],
+    access: Permissions,
+    call: impl Fn(&Batch<'m>) -> io::Result<usize>,
+) -> Result<usize, TransferError> {
+    let mut batch = Batch::new();
+    for slice in slices(memory, buffers, access) {
+        if !batch.push(&slice?) {
+            break;
+        }
+    }
+    loop {
+        match call(&batch) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return Ok(other?),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! virtio-rng (virtio 1.3, 5.4): entropy from a source of the host.
+
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+use viommu::dma::DmaPort;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::buffers::{self, TransferError};
+use super::device::{Activation, DeviceType, VirtioDevice, VirtioInterrupt};
+use super::ring::{Broken, Chain, RING_FEATURES, Ring};
+use super::worker::{Stop, Waiter, Workers};
+
+const QUEUE_SIZE: u16 = 64;
+/// The most bytes that one request gets.
+const MOST: u32 = 1 << 16;
+
+/// The source of the host was not opened.
+#[derive(Error, Debug)]
+#[error("entropy source {path:?} cannot be opened: use /dev/urandom")]
+pub struct RngError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// A virtio entropy device.
+pub struct Rng {
+    source: Arc<File>,
+    running: Mutex<Option<Workers>>,
+}
+
+impl Rng {
+    /// Opens the source of entropy, such as `/dev/urandom`. Reading it must not block for long: a
+    /// reset of the device waits for it.
+    ///
+    /// # Errors
+    /// [`RngError`].
+    pub fn open(path: &Path) -> Result<Arc<Self>, RngError> {
+        let source = File::open(path).map_err(|source| RngError {
+            path: path.into(),
+            source,
+        })?;
+        Ok(Arc::new(Self {
+            source: Arc::new(source),
+            running: Mutex::new(None),
+        }))
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Workers>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Rng
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn read_config(&self, _offset: u32, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn activate(&self, mut activation: Activation) -> io::Result<()> {
+        let Some(queue) = activation.queues.pop().flatten() else {
+            return Ok(());
+        };
+        let mut workers = Workers::new()?;
+        let service = Service {
+            source: Arc::clone(&self.source),
+            dma: activation.dma,
+            interrupt: activation.interrupt,
+            ring: queue.ring,
+            stop: workers.stop(),
+        };
+        let mut waiter = Waiter::new()?;
+        waiter.add(&*service.stop, STOP, EventSet::IN)?;
+        waiter.add(&*queue.kick, KICK, EventSet::IN)?;
+        workers.spawn("virtio-rng", move || service.run(&mut waiter, &queue.kick))?;
+        *self.running() = Some(workers);
+        Ok(())
+    }
+
+    fn reset(&self) {
+        let workers = self.running().take();
+        drop(workers);
+    }
+}
+
+impl Drop for Rng {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+const STOP: u64 = 0;
+const KICK: u64 = 1;
+
+/// One activation of the device.
+struct Service {
+    source: Arc<File>,
+    dma: DmaPort,
+    interrupt: Arc<dyn VirtioInterrupt>,
+    ring: Ring,
+    stop: Arc<Stop>,
+}
+
+impl Service {
+    fn run(mut self, waiter: &mut Waiter, kick: &EventFd) {
+        let mut chain = Chain::default();
+        loop {
+            if let Err(broken) = self.drain(&mut chain) {
+                log::warn!("virtio-rng needs a reset by the guest: {broken}");
+                self.interrupt.needs_reset();
+                return;
+            }
+            let woken = waiter.wait();
+            match woken.map(|mut ready| ready.any(|(token, _)| token == STOP)) {
+                Ok(true) => return,
+                // Another signal that comes in now is not lost: it wakes us again.
+                Ok(false) => drop(kick.read()),
+                Err(error) => {
+                    log::error!("virtio-rng stops: {error}");
+                    self.interrupt.needs_reset();
+                    return;
+                }
+            }
+        }
+    }
+
+    fn drain(&mut self, chain: &mut Chain) -> Result<(), Broken> {
+        while !self.stop.is_set() {
+            let access = self.dma.access();
+            if !self.ring.pop(&access, chain)? {
+                if self.ring.enable_kicks(&access)? {
+                    continue;
+                }
+                return Ok(());
+            }
+            self.ring.disable_kicks(&access)?;
+            // A device may give less than was asked for (5.4.6.1), so one request is bounded.
+            buffers::truncate(&mut chain.writable, MOST);
+            let got = match buffers::read_once(&access, &chain.writable, self.source.as_fd()) {
+                Ok(got) => got as u32,
+                Err(TransferError::Memory | TransferError::Short) => 0,
+                Err(TransferError::Host(error)) => {
+                    log::debug!("no entropy: {error}");
+                    0
+                }
+            };
+            self.ring.push(&access, chain.head(), got)?;
+            if self.ring.wants_interrupt(&access)? {
+                self.interrupt.queue(0);
+            }
+        }
+        Ok(())
+    }
+}
