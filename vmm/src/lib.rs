@@ -2,4 +2,5 @@
 //! manager.
 
 pub mod config;
+pub mod kvm;
 pub mod memory;

@@ -1,0 +1,312 @@
+//! vCPU threads: they run the guest, hand its exits to the buses, and stop when they are told.
+//!
+//! **Kicks are never lost.** [`VcpuThreads::stop`] sets a flag and then sends a signal. The
+//! signal's handler sets `immediate_exit` in the thread's own `kvm_run`. So wherever the signal
+//! hits, either the thread has not yet looked at the flag, or KVM_RUN returns at once.
+
+use std::cell::Cell;
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::{KvmError, Vm};
+
+/// Where a vCPU's exits go. Called on vCPU threads, several at a time.
+pub trait Exits: Send + Sync {
+    /// The guest reads `data.len()` (1, 2 or 4) bytes from an I/O port.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// The guest writes to an I/O port.
+    fn port_write(&self, port: u16, data: &[u8]);
+    /// The guest reads up to 8 bytes where there is no RAM.
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    /// The guest writes up to 8 bytes where there is no RAM.
+    fn mmio_write(&self, address: u64, data: &[u8]);
+    /// A local APIC acknowledged a level-triggered interrupt of the I/O APIC.
+    fn end_of_interrupt(&self, vector: u8);
+}
+
+/// Why a guest stopped.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum GuestEvent {
+    /// It powered itself off.
+    PowerOff,
+    /// It asked for a reset: a reboot, or a panic with `panic=-1`.
+    Reset,
+    /// A vCPU shut down: a triple fault.
+    TripleFault,
+    /// It wrote to the debug-exit port.
+    DebugExit(u8),
+    /// nestling or KVM cannot go on.
+    Failed(String),
+}
+
+/// Carries the first [`GuestEvent`] to the event loop.
+#[derive(Debug)]
+pub struct EventLine {
+    eventfd: EventFd,
+    first: Mutex<Option<GuestEvent>>,
+}
+
+impl EventLine {
+    /// A line without an event.
+    ///
+    /// # Errors
+    /// No file descriptor is left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            eventfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            first: Mutex::new(None),
+        })
+    }
+
+    /// Reports `event`; only the first counts. Never blocks.
+    pub fn report(&self, event: GuestEvent) {
+        self.lock().get_or_insert(event);
+        // A full counter is a line that is signalled already.
+        let _ = self.eventfd.write(1);
+    }
+
+    /// What was reported, if anything was.
+    pub fn event(&self) -> Option<GuestEvent> {
+        self.lock().clone()
+    }
+
+    /// Readable once there is an event.
+    pub fn eventfd(&self) -> &EventFd {
+        &self.eventfd
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<GuestEvent>> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    IMMEDIATE_EXIT.with(|cell| {
+        let pointer = cell.get();
+        if !pointer.is_null() {
+            // SAFETY: set by `run` to a byte of the mapped kvm_run of the vCPU that this very
+            // thread owns, and cleared before the vCPU is dropped.
+            unsafe { pointer.write_volatile(1) };
+        }
+    });
+}
+
+fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+/// The vCPU threads of a VM. Dropping them stops them.
+#[derive(Debug)]
+pub struct VcpuThreads {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl VcpuThreads {
+    /// Starts a thread for each of `vcpus`, in order.
+    ///
+    /// # Errors
+    /// The host has no room for another thread; those already started are stopped.
+    pub fn start(
+        vm: &Arc<Vm>,
+        vcpus: Vec<VcpuFd>,
+        exits: &Arc<dyn Exits>,
+        events: &Arc<EventLine>,
+    ) -> Result<Self, KvmError> {
+        let failed = |call, object: String| {
+            move |source: io::Error| KvmError::Call {
+                call,
+                object,
+                source,
+            }
+        };
+        register_signal_handler(kick_signal(), on_kick).map_err(|why| {
+            failed("sigaction", "the kick signal".into())(io::Error::from_raw_os_error(why.errno()))
+        })?;
+        let mut started = Self {
+            stop: Arc::default(),
+            threads: Vec::with_capacity(vcpus.len()),
+        };
+        for (index, fd) in vcpus.into_iter().enumerate() {
+            let vcpu = Vcpu {
+                fd,
+                index,
+                exits: exits.clone(),
+                events: events.clone(),
+                stop: started.stop.clone(),
+                _vm: vm.clone(),
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || vcpu.run())
+                .map_err(failed("clone", format!("the thread of vCPU {index}")))?;
+            started.threads.push(thread);
+        }
+        Ok(started)
+    }
+
+    /// Stops all vCPUs and waits until they have. A guest cannot delay it: each exit is finished,
+    /// none is begun.
+    pub fn stop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        for thread in &self.threads {
+            // SAFETY: the thread has not been joined, so its pthread_t is valid; the signal has a
+            // handler.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+        }
+        for thread in self.threads.drain(..) {
+            // A panic of a vCPU thread was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+struct Vcpu {
+    fd: VcpuFd,
+    index: usize,
+    exits: Arc<dyn Exits>,
+    events: Arc<EventLine>,
+    stop: Arc<AtomicBool>,
+    // Keeps guest memory mapped for as long as the vCPU can run.
+    _vm: Arc<Vm>,
+}
+
+/// What to do after an exit.
+enum Next {
+    Run,
+    /// Port I/O with this many bytes for each of its repetitions is to be done.
+    Port,
+    Stop(GuestEvent),
+}
+
+impl Vcpu {
+    fn run(mut self) {
+        let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
+        IMMEDIATE_EXIT.with(|cell| cell.set(immediate_exit));
+        // Panics of a device must end the VM, not leave it without a vCPU.
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.run_until_stop()));
+        IMMEDIATE_EXIT.with(|cell| cell.set(ptr::null_mut()));
+        match ended {
+            Ok(None) => {}
+            Ok(Some(event)) => self.events.report(event),
+            Err(_) => self.events.report(GuestEvent::Failed(format!(
+                "the thread of vCPU {} panicked; this is a bug in nestling, report it",
+                self.index
+            ))),
+        }
+    }
+
+    fn run_until_stop(&mut self) -> Option<GuestEvent> {
+        while !self.stop.load(Ordering::Acquire) {
+            let next = match self.fd.run() {
+                Ok(exit) => handle(exit, &*self.exits, self.index),
+                Err(why) => match why.errno() {
+                    libc::EINTR => {
+                        self.fd.set_kvm_immediate_exit(0);
+                        Next::Run
+                    }
+                    // An application processor before its INIT, or a transient lack of memory.
+                    libc::EAGAIN => Next::Run,
+                    other => Next::Stop(GuestEvent::Failed(format!(
+                        "KVM_RUN failed for vCPU {} ({}); see the kernel's log of the host",
+                        self.index,
+                        io::Error::from_raw_os_error(other)
+                    ))),
+                },
+            };
+            match next {
+                Next::Run => {}
+                Next::Port => self.port_io(),
+                Next::Stop(GuestEvent::Failed(why)) => {
+                    return Some(GuestEvent::Failed(format!("{why}{}", self.where_it_was())));
+                }
+                Next::Stop(event) => return Some(event),
+            }
+        }
+        None
+    }
+
+    /// Port I/O: a string instruction comes as several accesses of the same size in one exit.
+    fn port_io(&mut self) {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: called only for KVM_EXIT_IO, for which `io` is the field of the union in use.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        let (size, count) = (usize::from(io.size).max(1), io.count as usize);
+        let first = ptr::from_mut(run).cast::<u8>();
+        // SAFETY: the kernel says that `count` items of `size` bytes are at `data_offset` in the
+        // mapping of kvm_run, which lives as long as `self.fd`.
+        let first = unsafe { first.add(io.data_offset as usize) };
+        // SAFETY: as above; `run` is not used while the slice lives.
+        let data = unsafe { std::slice::from_raw_parts_mut(first, size * count) };
+        let write = u32::from(io.direction) == kvm_bindings::KVM_EXIT_IO_OUT;
+        for item in data.chunks_mut(size) {
+            match write {
+                true => self.exits.port_write(io.port, item),
+                false => self.exits.port_read(io.port, item),
+            }
+        }
+    }
+
+    /// Where the guest was, for the message of a failure.
+    fn where_it_was(&self) -> String {
+        match self.fd.get_regs() {
+            Ok(regs) => format!(" (rip {:#x}, rflags {:#x})", regs.rip, regs.rflags),
+            Err(_) => String::new(),
+        }
+    }
+}
+
+fn handle(exit: VcpuExit<'_>, exits: &dyn Exits, index: usize) -> Next {
+    match exit {
+        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => return Next::Port,
+        VcpuExit::MmioRead(address, data) => exits.mmio_read(address, data),
+        VcpuExit::MmioWrite(address, data) => exits.mmio_write(address, data),
+        VcpuExit::IoapicEoi(vector) => exits.end_of_interrupt(vector),
+        VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen => {}
+        VcpuExit::Shutdown => return Next::Stop(GuestEvent::TripleFault),
+        VcpuExit::SystemEvent(kind, _) => return Next::Stop(system_event(kind)),
+        VcpuExit::FailEntry(reason, cpu) => {
+            return Next::Stop(GuestEvent::Failed(format!(
+                "vCPU {index} could not be entered on CPU {cpu} (hardware reason {reason:#x}); see the kernel's log of the host"
+            )));
+        }
+        other => {
+            return Next::Stop(GuestEvent::Failed(format!(
+                "vCPU {index} left with {other:?}, which KVM or nestling cannot handle; see the kernel's log of the host"
+            )));
+        }
+    }
+    Next::Run
+}
+
+fn system_event(kind: u32) -> GuestEvent {
+    match kind {
+        kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => GuestEvent::PowerOff,
+        kvm_bindings::KVM_SYSTEM_EVENT_RESET => GuestEvent::Reset,
+        other => GuestEvent::Failed(format!(
+            "the guest caused system event {other}, which nestling does not know; report it"
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests;
