@@ -2,5 +2,6 @@
 //! manager.
 
 pub mod config;
+pub mod interrupts;
 pub mod kvm;
 pub mod memory;
