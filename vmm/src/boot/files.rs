@@ -27,7 +27,9 @@ pub(super) fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootE
     let file = File::open(path).map_err(unreadable)?;
     let meta = file.metadata().map_err(unreadable)?;
     if !meta.is_file() {
-        return Err(unreadable(std::io::Error::other("it is not a regular file")));
+        return Err(unreadable(std::io::Error::other(
+            "it is not a regular file",
+        )));
     }
     Ok((file, meta.len()))
 }
@@ -91,15 +93,15 @@ fn elf(file: &mut File, path: &Path, length: u64, head: &[u8]) -> Result<Image, 
         needs,
     };
     let half = |bytes: &[u8], at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-    let word = |bytes: &[u8], at: usize| {
-        u64::from_le_bytes(std::array::from_fn(|n| bytes[at + n]))
-    };
+    let word = |bytes: &[u8], at: usize| u64::from_le_bytes(std::array::from_fn(|n| bytes[at + n]));
     if head[4] != CLASS_64 || head[5] != LITTLE_ENDIAN || half(head, 18) != MACHINE_X86_64 {
         return Err(not("it is an ELF file for another machine"));
     }
     let (table, count) = (word(head, 32), half(head, 56));
     if usize::from(half(head, 54)) != HEADER {
-        return Err(not("it is an ELF file with program headers of the wrong size"));
+        return Err(not(
+            "it is an ELF file with program headers of the wrong size",
+        ));
     }
     let mut end = 0;
     for n in 0..u64::from(count) {
@@ -108,8 +110,7 @@ fn elf(file: &mut File, path: &Path, length: u64, head: &[u8]) -> Result<Image, 
         if read_at(file, path, at, &mut header)? < HEADER {
             return Err(truncated(at.saturating_add(HEADER as u64)));
         }
-        let [offset, physical, in_file, in_memory] =
-            [8, 24, 32, 40].map(|at| word(&header, at));
+        let [offset, physical, in_file, in_memory] = [8, 24, 32, 40].map(|at| word(&header, at));
         let needs = offset.saturating_add(in_file);
         if needs > length {
             return Err(truncated(needs));

@@ -297,7 +297,11 @@ fn write_page_tables(ram: &GuestRam) -> Result<(), BootError> {
     const PRESENT_WRITABLE: u64 = 0x3;
     const LARGE: u64 = 0x80;
     let pdpt = PAGE_TABLES_AT + PAGE;
-    write(ram, PAGE_TABLES_AT, &(pdpt | PRESENT_WRITABLE).to_le_bytes())?;
+    write(
+        ram,
+        PAGE_TABLES_AT,
+        &(pdpt | PRESENT_WRITABLE).to_le_bytes(),
+    )?;
     for gib in 0..4u64 {
         let directory = pdpt + PAGE * (gib + 1);
         write(

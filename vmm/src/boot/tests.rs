@@ -196,7 +196,11 @@ fn a_payload_that_cannot_boot_is_refused_with_the_reason() {
         assert!(!error.contains('\n'));
     }
     let error = boot(&bzimage(), None, &"x".repeat(256), 64).unwrap_err();
-    assert!(error.to_string().contains("256 bytes and this kernel takes 255"));
+    assert!(
+        error
+            .to_string()
+            .contains("256 bytes and this kernel takes 255")
+    );
     let error = boot(&bzimage(), None, "a\0", 64).unwrap_err();
     assert!(error.to_string().contains("NUL"));
     let error = boot(&bzimage(), Some(b""), "", 64).unwrap_err();
@@ -212,5 +216,9 @@ fn a_payload_that_cannot_boot_is_refused_with_the_reason() {
     let layout = layout::compose(64 << 20, 40, &[]).unwrap();
     let ram = ram::allocate(&MemoryConfig::default(), &layout).unwrap();
     let error = load(&ram, &layout, &payload, &memory_map(&layout), 0).unwrap_err();
-    assert!(error.to_string().contains("/nonexistent/kernel cannot be read"));
+    assert!(
+        error
+            .to_string()
+            .contains("/nonexistent/kernel cannot be read")
+    );
 }

@@ -238,7 +238,7 @@ impl VmConfig {
                 "memory size={size} is too small; give at least {MIN_MEMORY}"
             ));
         }
-        if size.0 % MEMORY_UNIT.0 != 0 {
+        if !size.0.is_multiple_of(MEMORY_UNIT.0) {
             return wrong(format!(
                 "memory size={size} is not a multiple of {MEMORY_UNIT}; give {} or {}",
                 Size(size.0 / MEMORY_UNIT.0 * MEMORY_UNIT.0),

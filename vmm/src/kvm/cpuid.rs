@@ -63,7 +63,11 @@ pub fn compose(
             }
             0x8000_001d => {
                 // Caches of levels 1 and 2 belong to a core, the others to the package.
-                let sharing = if entry.eax >> 5 & 7 >= 3 { count - 1 } else { 0 };
+                let sharing = if entry.eax >> 5 & 7 >= 3 {
+                    count - 1
+                } else {
+                    0
+                };
                 entry.eax = entry.eax & !(0xfff << 14) | sharing << 14;
             }
             0x8000_001e => {
@@ -191,7 +195,10 @@ mod tests {
                 assert_eq!(find(&cpuid, 0xb, 1).edx, id);
                 assert_eq!(find(&cpuid, 0x8000_001e, 0).eax, id);
                 assert!(1 << find(&cpuid, 0xb, 1).eax >= u32::from(count));
-                assert_eq!(find(&cpuid, 0x8000_0008, 0).ecx & 0xff, u32::from(count) - 1);
+                assert_eq!(
+                    find(&cpuid, 0x8000_0008, 0).ecx & 0xff,
+                    u32::from(count) - 1
+                );
             }
         }
     }
@@ -218,7 +225,10 @@ mod tests {
 
     #[test]
     fn the_address_width_is_what_can_be_mapped() {
-        assert_eq!(address_width(&[leaf(0x8000_0008, 0, [0x3028, 0, 0, 0])]), 0x28);
+        assert_eq!(
+            address_width(&[leaf(0x8000_0008, 0, [0x3028, 0, 0, 0])]),
+            0x28
+        );
         assert_eq!(
             address_width(&[leaf(0x8000_0008, 0, [0x0030_3934, 0, 0, 0])]),
             0x30

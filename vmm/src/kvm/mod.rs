@@ -30,7 +30,9 @@ pub enum KvmError {
     )]
     Absent,
     /// The user may not open it.
-    #[error("/dev/kvm may not be opened by this user; add the user to the group kvm or run as root")]
+    #[error(
+        "/dev/kvm may not be opened by this user; add the user to the group kvm or run as root"
+    )]
     Permission,
     /// Something else is wrong with it.
     #[error("/dev/kvm cannot be opened ({0}); check that the kernel's KVM module works")]
@@ -70,7 +72,10 @@ pub enum KvmError {
 }
 
 impl KvmError {
-    fn call(call: &'static str, object: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+    fn call(
+        call: &'static str,
+        object: impl Into<String>,
+    ) -> impl FnOnce(kvm_ioctls::Error) -> Self {
         let object = object.into();
         move |source| Self::Call {
             call,
@@ -246,7 +251,6 @@ impl Vm {
             .map_err(KvmError::call("KVM_CREATE_VCPU", format!("vCPU {index}")))
     }
 }
-
 
 /// The test's way to KVM: `None`, with the reason printed, where KVM cannot be had.
 #[cfg(test)]

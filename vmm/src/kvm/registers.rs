@@ -117,7 +117,10 @@ pub fn set_up(
         (APIC_LVT_LINT0, DELIVER_EXTINT),
         (APIC_LVT_LINT1, DELIVER_NMI),
     ] {
-        for (byte, new) in lapic.regs[offset..offset + 4].iter_mut().zip(mode.to_le_bytes()) {
+        for (byte, new) in lapic.regs[offset..offset + 4]
+            .iter_mut()
+            .zip(mode.to_le_bytes())
+        {
             *byte = new as libc::c_char;
         }
     }

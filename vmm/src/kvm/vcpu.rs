@@ -203,7 +203,8 @@ impl Vcpu {
         let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
         IMMEDIATE_EXIT.with(|cell| cell.set(immediate_exit));
         // Panics of a device must end the VM, not leave it without a vCPU.
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.run_until_stop()));
+        let ended =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.run_until_stop()));
         IMMEDIATE_EXIT.with(|cell| cell.set(ptr::null_mut()));
         match ended {
             Ok(None) => {}

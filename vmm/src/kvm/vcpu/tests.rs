@@ -78,7 +78,11 @@ impl Guest {
     fn wait_for(&self, text: &str) {
         let end = Instant::now() + Duration::from_secs(10);
         while !self.recorder.0.lock().unwrap().iter().any(|t| t == text) {
-            assert!(Instant::now() < end, "no {text}: {:?}", self.recorder.first());
+            assert!(
+                Instant::now() < end,
+                "no {text}: {:?}",
+                self.recorder.first()
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -186,5 +190,8 @@ fn a_triple_fault_a_power_off_and_a_reset_are_told_apart() {
     assert_eq!(told(event), GuestEvent::PowerOff);
     let event = VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_RESET, &[]);
     assert_eq!(told(event), GuestEvent::Reset);
-    assert!(matches!(told(VcpuExit::InternalError), GuestEvent::Failed(_)));
+    assert!(matches!(
+        told(VcpuExit::InternalError),
+        GuestEvent::Failed(_)
+    ));
 }
