@@ -135,7 +135,11 @@ fn is_wrong(line: &str) -> bool {
         .and_then(|(number, _)| number.parse().ok())
         .unwrap_or(6);
     let from_kernel = number < 8;
-    from_kernel && (number as u8 <= WARNING || WRONG.iter().any(|part| line.contains(part)))
+    let text = line.split_once('>').map_or("", |(_, rest)| rest);
+    let said = text.split_once(']').map_or(text, |(_, said)| said);
+    !said.trim().is_empty()
+        && from_kernel
+        && (number as u8 <= WARNING || WRONG.iter().any(|part| line.contains(part)))
 }
 
 #[cfg(test)]
