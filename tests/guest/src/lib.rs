@@ -4,14 +4,31 @@
 
 pub mod boot;
 pub mod demo;
+pub mod disk;
+pub mod ending;
 pub mod harness;
+pub mod memory;
+pub mod net;
+pub mod pci;
+pub mod refuse;
+pub mod soak;
 
 use anyhow::{Context, Result, bail};
 
 use harness::Test;
 
 /// Every module's tests.
-pub const ALL: &[(&str, &[Test])] = &[("boot", boot::TESTS), ("demo", demo::TESTS)];
+pub const ALL: &[(&str, &[Test])] = &[
+    ("boot", boot::TESTS),
+    ("demo", demo::TESTS),
+    ("disk", disk::TESTS),
+    ("ending", ending::TESTS),
+    ("memory", memory::TESTS),
+    ("net", net::TESTS),
+    ("pci", pci::TESTS),
+    ("refuse", refuse::TESTS),
+    ("soak", soak::TESTS),
+];
 
 /// Does what the command line says: `list`, or `run MODULE::TEST`.
 ///

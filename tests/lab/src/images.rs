@@ -100,12 +100,20 @@ fn add_modules(archive: &mut Archive, stock: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Programs that are not in every guest, with the libraries they load.
+/// Programs that are not in every guest, with the libraries they load. `discard` is util-linux's
+/// blkdiscard: busybox has one of that name that cannot write zeroes.
 fn tools(tree: &Path) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
-    let lspci = tree.join("usr/bin/lspci");
-    archive.file("usr/bin/lspci", &lspci)?;
-    for library in libraries(&lspci, tree)? {
+    let mut needed = BTreeSet::new();
+    for (program, place) in [
+        ("usr/bin/lspci", "usr/bin/lspci"),
+        ("sbin/blkdiscard", "sbin/discard"),
+    ] {
+        let file = tree.join(program);
+        archive.file(place, &file)?;
+        needed.extend(libraries(&file, tree)?);
+    }
+    for library in needed {
         let name = library
             .file_name()
             .and_then(|n| n.to_str())

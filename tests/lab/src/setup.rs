@@ -46,6 +46,19 @@ const STOCK: [Stock; 3] = [
     },
 ];
 
+/// The packages of the programs that not every guest has, with the libraries that a small system
+/// may lack.
+const TOOLS: [&str; 8] = [
+    "pciutils",
+    "util-linux",
+    "libpci3",
+    "libkmod2",
+    "zlib1g",
+    "libzstd1",
+    "liblzma5",
+    "libssl3",
+];
+
 /// The name of the lab's own kernel among the guests' kernels.
 pub const LAB_KERNEL: &str = "lab";
 
@@ -95,14 +108,13 @@ impl Supplies {
         let busybox = cache.component("busybox", |to| {
             step("fetch busybox", || apt.get()?.unpack("busybox-static", to))
         })?;
-        let tools = cache.component("tools", |to| {
-            step("fetch the guests' lspci", || {
+        let tools = cache.component("programs", |to| {
+            step("fetch the guests' programs", || {
                 let apt = apt.get()?;
-                for package in ["pciutils", "libpci3", "libkmod2", "zlib1g", "libzstd1"] {
+                for package in TOOLS {
                     apt.unpack(package, to)?;
                 }
-                apt.unpack("liblzma5", to)?;
-                apt.unpack("libssl3", to)
+                Ok(())
             })
         })?;
         let host_kernel = host_kernel(root, cache, &mut apt)?;

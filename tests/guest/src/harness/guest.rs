@@ -221,6 +221,42 @@ impl Machine {
         self.child.id()
     }
 
+    /// The socket of the guest's console, which carries the commands.
+    pub fn channel(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Sends nestling a signal.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        let pid = i32::try_from(self.pid())?;
+        // SAFETY: kill takes numbers only; the process is our child and not yet waited for.
+        if unsafe { libc::kill(pid, signal) } != 0 {
+            return Err(std::io::Error::last_os_error()).context("kill");
+        }
+        Ok(())
+    }
+
+    /// Sends a command that makes the guest start over, and waits for its agent.
+    ///
+    /// # Errors
+    /// nestling ends, or the guest does not come back within its limit.
+    pub fn restart_by(&mut self, command: &str) -> Result<()> {
+        let mut client = self.client.take().context("the guest has no agent")?;
+        client.start(command, END_LIMIT)?;
+        // The old agent no longer answers a ping once the kernel goes down; a new one will.
+        let deadline = Instant::now() + END_LIMIT;
+        while client.ping(Duration::from_millis(300)).is_ok() {
+            if Instant::now() >= deadline {
+                bail!("`{command}` did not take the guest down");
+            }
+        }
+        drop(client);
+        self.wait_for_agent()
+    }
+
     /// The time since nestling was started.
     pub fn age(&self) -> Duration {
         self.started.elapsed()

@@ -4,6 +4,7 @@ pub mod dmesg;
 mod guest;
 pub mod process;
 pub mod shell;
+pub mod tap;
 
 use std::fs;
 use std::path::{Path, PathBuf};
