@@ -22,3 +22,12 @@ pub trait MsiSink: Send + Sync {
     /// APIC).
     fn send(&self, msi: Msi);
 }
+
+/// Takes the interrupt messages that an endpoint sends as DMA writes: requests without PASID to
+/// 0xfee0_0000-0xfeef_ffff, which never reach memory (VT-d 3.14). The front end of the endpoint
+/// remaps them, whatever the endpoint's translation is.
+pub trait MessageSink: Send + Sync {
+    /// `endpoint` wrote `msi.data` to `msi.address`. Called on device threads with no lock of the
+    /// back end held.
+    fn message(&self, endpoint: crate::Rid, msi: Msi);
+}

@@ -354,8 +354,10 @@ pub enum ResponseCode {
 /// Where a back end reports what endpoints did. Implemented by front ends.
 ///
 /// Called on device threads and on a back end's own threads, with no lock of the back end held.
+/// An event that raced with a [`release`](Backend::release) may still arrive after it.
 pub trait EventSink: Send + Sync {
-    /// An access did not pass.
+    /// An access did not pass. Reported once, when the piece of DMA work it belongs to has ended,
+    /// so that the sink may take a lock that is held across an invalidation.
     fn fault(&self, fault: Fault);
 
     /// An endpoint asks for a page. The sink owes the back end one

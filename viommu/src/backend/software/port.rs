@@ -1,0 +1,344 @@
+//! The translated side of a [`DmaPort`](crate::dma::DmaPort): what happens on the device's thread.
+
+use std::cell::{Cell, RefCell};
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::Guard;
+use vm_memory::GuestMemoryMmap;
+
+use super::Shared;
+use super::endpoint::Endpoint;
+use super::inflight::Slot;
+use super::iotlb::Iotlb;
+use super::target::{INTERRUPT_RANGE, Space, TargetState};
+use super::walk::{Allowed, Request, Walker};
+use crate::backend::{self, Fault, FaultCause, PageRequest, Translation};
+use crate::interrupt::Msi;
+use crate::{Iova, Pasid, Target};
+
+/// Faults that one access reports; a device that goes on after so many is not worth more.
+const FAULTS: usize = 16;
+
+/// Why a page request was not sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PageRequestRefused {
+    /// The endpoint does not do page requests.
+    #[error("the endpoint was made without page requests; give it a page response sink")]
+    NotOffered,
+    /// The endpoint has no front end.
+    #[error("the endpoint is behind no vIOMMU; add it to a unit first")]
+    NotClaimed,
+    /// Not a Page Request Group Index.
+    #[error("page request group {0} does not fit 9 bits; use 0 to 511")]
+    GroupIndex(u16),
+    /// The group was closed by its last request and has no response yet.
+    #[error("page request group {0} waits for its response; use another group")]
+    GroupPending(u16),
+    /// Too many groups are open.
+    #[error("512 page request groups wait for responses; wait for one of them")]
+    TooMany,
+}
+
+/// A translated port.
+pub(crate) struct Port {
+    shared: Arc<Shared>,
+    endpoint: Arc<Endpoint>,
+    state: Arc<TargetState>,
+    own: Own,
+    privileged: bool,
+    execute: bool,
+}
+
+/// What only the access that has begun the slot touches.
+#[derive(Default)]
+struct Own {
+    slot: Arc<Slot>,
+    iotlb: OnceLock<Box<Iotlb>>,
+    /// Generations that the cache has caught up with.
+    seen: AtomicU64,
+    seen_by_all: AtomicU64,
+}
+
+impl Port {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        endpoint: Arc<Endpoint>,
+        state: Arc<TargetState>,
+    ) -> Self {
+        let own = Own::default();
+        // Registered before its first use, so no change after this one passes it by.
+        state.add_slot(&own.slot);
+        Self {
+            shared,
+            endpoint,
+            state,
+            own,
+            privileged: false,
+            execute: false,
+        }
+    }
+
+    pub(crate) fn target(&self) -> Target {
+        self.state.target
+    }
+
+    pub(crate) fn with_pasid(&self, pasid: Pasid) -> Option<Self> {
+        if !self.endpoint.can_send(pasid) {
+            return None;
+        }
+        let state = self.endpoint.target_or_new(Some(pasid));
+        Some(Self::new(
+            Arc::clone(&self.shared),
+            Arc::clone(&self.endpoint),
+            state,
+        ))
+    }
+
+    pub(crate) fn set_privileged(&mut self, privileged: bool) {
+        self.privileged = privileged && self.target().pasid.is_some();
+    }
+
+    pub(crate) fn set_execute(&mut self, execute: bool) {
+        self.execute = execute && self.target().pasid.is_some();
+    }
+
+    pub(crate) fn access(&self) -> Access<'_> {
+        // When another access of this port is in flight, this one has a slot of its own, and no
+        // cache.
+        let extra = (!self.own.slot.begin()).then(|| {
+            let own = Own::default();
+            self.state.add_slot(&own.slot);
+            own.slot.begin();
+            own
+        });
+        Access {
+            port: self,
+            extra,
+            announced: Cell::new(NOTHING),
+            space: RefCell::default(),
+            faults: RefCell::default(),
+            one_thread: PhantomData,
+        }
+    }
+
+    pub(crate) fn message(&self, msi: Msi) -> bool {
+        let is_message = self.target().pasid.is_none() && INTERRUPT_RANGE.contains(&msi.address);
+        match &self.endpoint.config.messages {
+            Some(sink) if is_message => {
+                sink.message(self.endpoint.rid, msi);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(crate) fn page_request(
+        &self,
+        iova: Iova,
+        access: backend::Access,
+        group: u16,
+        last: bool,
+    ) -> Result<(), PageRequestRefused> {
+        let request = PageRequest {
+            target: self.target(),
+            group,
+            last,
+            iova: Iova(iova.0 & !0xfff),
+            access,
+            execute: self.execute,
+            privileged: self.privileged,
+        };
+        let blocked = self.state.translation() == Translation::Blocked;
+        self.endpoint.page_request(request, blocked)
+    }
+}
+
+impl Clone for Port {
+    fn clone(&self) -> Self {
+        let mut clone = Self::new(
+            Arc::clone(&self.shared),
+            Arc::clone(&self.endpoint),
+            Arc::clone(&self.state),
+        );
+        (clone.privileged, clone.execute) = (self.privileged, self.execute);
+        clone
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.state.remove_slot(&self.own.slot);
+        if let Some(plain) = self.endpoint.target(None) {
+            // The device chooses PASIDs, so the state of one that nothing uses must not stay.
+            let pasid = self.target().pasid;
+            self.state = plain;
+            self.endpoint.prune(pasid);
+        }
+    }
+}
+
+/// A range that contains nothing.
+const NOTHING: (u64, u64) = (1, 0);
+
+/// One piece of DMA work. Bound to its thread, which an invalidation may have to tell from its
+/// own.
+pub(crate) struct Access<'p> {
+    port: &'p Port,
+    extra: Option<Own>,
+    /// The announced range that was used last.
+    announced: Cell<(u64, u64)>,
+    /// What is in force, kept for the walks of this access until something changes.
+    space: RefCell<Option<Guard<Arc<Space>>>>,
+    faults: RefCell<Vec<Fault>>,
+    one_thread: PhantomData<*const ()>,
+}
+
+impl Access<'_> {
+    pub(crate) fn target(&self) -> Target {
+        self.port.target()
+    }
+
+    pub(crate) fn ram(&self) -> &GuestMemoryMmap<()> {
+        &self.port.shared.ram
+    }
+
+    /// `access` as this port's request.
+    pub(crate) fn request(&self, access: backend::Access) -> Request {
+        Request {
+            read: access.read,
+            write: access.write,
+            execute: access.read && self.port.execute,
+            privileged: self.port.privileged,
+        }
+    }
+
+    fn own(&self) -> &Own {
+        self.extra.as_ref().unwrap_or(&self.port.own)
+    }
+
+    /// To be called before anything in the range of `length` bytes (not 0) is translated.
+    ///
+    /// # Errors
+    /// The range does not fit the address space.
+    #[inline]
+    pub(crate) fn announce(&self, first: u64, length: u64) -> Result<(), FaultCause> {
+        let last = first.checked_add(length.saturating_sub(1));
+        let last = last.ok_or(FaultCause::AddressWidth)?;
+        if !self.has_announced(first, last) {
+            self.announced.set(self.own().slot.announce(first, last));
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn has_announced(&self, first: u64, last: u64) -> bool {
+        let announced = self.announced.get();
+        announced.0 <= first && last <= announced.1
+    }
+
+    /// Where `iova`, which is announced, lies in guest memory, and how many bytes of its page
+    /// follow from there on.
+    #[inline]
+    pub(crate) fn page(&self, iova: u64, request: Request) -> Result<(u64, u64), FaultCause> {
+        let needed = request.needs();
+        // Once, and once more for each larger page that the guest puts there meanwhile.
+        loop {
+            self.catch_up();
+            let cached = self.own().iotlb.get().and_then(|iotlb| iotlb.get(iova));
+            let (value, shift) = match cached {
+                Some((value, shift)) if Allowed::from_bits(value).has(needed) => (value, shift),
+                _ => self.walk(iova, request)?,
+            };
+            let inside = (1u64 << shift) - 1;
+            let (first, last) = (iova & !inside, iova | inside);
+            // To invalidate a part of a large page is to invalidate the page, so all of it is in
+            // use; and it was translated before that was announced, so it is translated again.
+            if shift > 12 && !self.has_announced(first, last) {
+                self.announced.set(self.own().slot.announce(first, last));
+                continue;
+            }
+            return Ok((value & !0xfff | iova & inside, last - iova + 1));
+        }
+    }
+
+    /// Makes sure that nothing older than the last invalidation is used.
+    #[inline]
+    fn catch_up(&self) {
+        let own = self.own();
+        let last = self.port.state.generation();
+        let last_of_all = self.port.shared.generation.load(Ordering::SeqCst);
+        if last != own.seen.load(Ordering::Relaxed)
+            || last_of_all != own.seen_by_all.load(Ordering::Relaxed)
+        {
+            self.forget(last_of_all);
+        }
+    }
+
+    #[cold]
+    fn forget(&self, last_of_all: u64) {
+        let own = self.own();
+        let iotlb = own.iotlb.get();
+        if own.seen_by_all.swap(last_of_all, Ordering::Relaxed) != last_of_all {
+            iotlb.inspect(|iotlb| iotlb.forget_all());
+        }
+        let seen = own.seen.load(Ordering::Relaxed);
+        let last = self.port.state.catch_up(seen, |range, leaves_only| {
+            iotlb.inspect(|iotlb| iotlb.forget(range, leaves_only));
+        });
+        own.seen.store(last, Ordering::Relaxed);
+        *self.space.borrow_mut() = None;
+    }
+
+    /// Walks the tables; returns the page as the cache has it.
+    fn walk(&self, iova: u64, request: Request) -> Result<(u64, u32), FaultCause> {
+        let mut space = self.space.borrow_mut();
+        let space = space.get_or_insert_with(|| self.port.state.space.load());
+        let own = &self.port.own;
+        let iotlb = match self.extra {
+            None => Some(&**own.iotlb.get_or_init(|| Box::new(Iotlb::new()))),
+            Some(_) => None,
+        };
+        let walker = Walker {
+            ram: self.ram(),
+            haw: self.port.shared.config.host_address_width,
+            cache: iotlb,
+        };
+        let page = space.walk(walker, iova, request, self.target().pasid.is_some())?;
+        let value = page.base | page.allowed.into_bits();
+        if let Some(iotlb) = iotlb {
+            iotlb.put(iova, page.shift, value);
+        }
+        Ok((value, page.shift))
+    }
+
+    /// Remembers a fault, to be reported when the access ends.
+    pub(crate) fn report(&self, iova: Iova, access: backend::Access, cause: FaultCause) {
+        let mut faults = self.faults.borrow_mut();
+        if faults.len() < FAULTS {
+            let request = self.request(access);
+            faults.push(Fault {
+                target: self.target(),
+                iova,
+                access,
+                execute: request.execute,
+                privileged: request.privileged,
+                cause,
+            });
+        }
+    }
+}
+
+impl Drop for Access<'_> {
+    fn drop(&mut self) {
+        self.own().slot.end();
+        if let Some(extra) = &self.extra {
+            self.port.state.remove_slot(&extra.slot);
+        }
+        // Only now: the front end may take a lock that is held by who waits for this access.
+        for fault in self.faults.take() {
+            self.port.endpoint.fault(fault);
+        }
+    }
+}
