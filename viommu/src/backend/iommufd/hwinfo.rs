@@ -213,11 +213,12 @@ const PAGE_SIZES: u64 = !0xfff;
 mod tests {
     use super::*;
 
-    /// Registers of a Sapphire Rapids unit: nesting, PASID 20 bits, PRI, 5-level, 57-bit MGAW.
-    pub(crate) const SPR: VtdHardware = VtdHardware {
+    /// A unit that has everything: ND 65536, MGAW 57, large second-stage leaves; DT, SC, NEST, PRS,
+    /// SRS, EAFS, PSS 20 bits, PASID, PDS, SMTS, SLADS, SLTS, FLTS, SMPWC.
+    const SPR: VtdHardware = VtdHardware {
         errata: VtdHardware::ERRATA_772415,
-        cap: 0x19ed008c40780c66 | 1 << 60,
-        ecap: 0x3ee9e86f050df | 1 << 29 | 1 << 42,
+        cap: 0x1100_000c_0038_0006,
+        ecap: 0x0001_fd9c_a400_0084,
     };
 
     #[test]

@@ -93,8 +93,8 @@ impl Walk<'_> {
         self.budget = self.budget.checked_sub(1).ok_or(TooMuch)?;
         let shift = 12 + 9 * u32::from(level - 1);
         // Only the entries that the range needs are read.
-        let from = (self.first.max(base) - base >> shift) as usize;
-        let to = ((self.last - base >> shift) as usize).min(511);
+        let from = ((self.first.max(base) - base) >> shift) as usize;
+        let to = (((self.last - base) >> shift) as usize).min(511);
         let mut bytes = [0; 4096];
         let bytes = &mut bytes[..(to - from + 1) * 8];
         if !(self.read)(Gpa(address + from as u64 * 8), bytes) {
