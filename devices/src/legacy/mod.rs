@@ -1,14 +1,14 @@
 //! What a PC has besides PCI: the serial port, reset and power registers, the I/O APIC.
+//!
+//! There is no CMOS clock: the guest takes its time from kvmclock, and the FADT says so
+//! ("CMOS RTC Not Present").
 
-/// What the guest asks of its platform. Called on vCPU threads: an implementation notes the wish,
-/// wakes the VM's event loop and returns.
-pub trait PowerEvents: Send + Sync {
-    /// Reset the machine (0xcf9, i8042, or the ACPI reset register).
-    fn reset(&self);
+#![forbid(unsafe_code)]
 
-    /// Power off (ACPI S5).
-    fn power_off(&self);
+pub mod ioapic;
+pub mod power;
+pub mod serial;
 
-    /// End the VMM with this status (debug-exit port).
-    fn debug_exit(&self, status: u8);
-}
+pub use ioapic::{Ioapic, IoapicSink};
+pub use power::{AcpiPower, DebugExit, I8042, PowerEvents};
+pub use serial::SerialPort;
