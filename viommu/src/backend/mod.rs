@@ -2,7 +2,7 @@
 //!
 //! A *front end* ([`crate::vtd`], [`crate::virtio`]) decodes what the guest asked for into one
 //! small [`Translation`] per [`Target`]; a *back end* ([`software`], [`iommufd`]) makes it true.
-//! Nothing else crosses. What every back end promises, and [`conformance`] checks:
+//! Nothing else crosses. What every back end promises, and the `conformance` suite checks:
 //!
 //! 1. **Fail closed.** A target is [`Translation::Blocked`] from the moment its endpoint is
 //!    claimed. If [`Backend::apply`] fails the target *is* Blocked when the call returns, whatever
@@ -19,6 +19,7 @@
 //! its own lock held. A front end's `EventSink` must therefore not be called from inside `apply`,
 //! `invalidate`, `map`, `unmap` or `release` on the calling thread.
 
+#[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod iommufd;
 pub mod software;

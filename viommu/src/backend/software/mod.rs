@@ -19,6 +19,8 @@ mod target;
 mod walk;
 
 #[cfg(test)]
+mod conformance;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{HashMap, HashSet};
