@@ -1,2 +1,96 @@
-//! See Cargo.toml.
-fn main() {}
+//! The `nestling` command.
+
+mod logger;
+mod run;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::{Arg, ArgAction, Command};
+use vmm::outcome::{STATUS_ERROR, STATUS_USAGE};
+
+/// Why the command ends without having done its work.
+enum Failure {
+    /// The command line or the configuration is wrong.
+    Usage(String),
+    /// Something else is.
+    Error(Box<dyn Error>),
+}
+
+fn main() -> ExitCode {
+    let matches = match command().try_get_matches() {
+        Ok(matches) => matches,
+        Err(why) if !why.use_stderr() => {
+            // Standard output may be gone.
+            let _ = why.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(why) => return fail(Failure::Usage(usage(&why))),
+    };
+    logger::start(matches.get_count("verbose"));
+    let done = match matches.subcommand() {
+        Some(("run", options)) => run::run(options),
+        // clap lets nothing else through.
+        _ => Ok(0),
+    };
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => fail(failure),
+    }
+}
+
+fn command() -> Command {
+    Command::new("nestling")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Runs virtual machines whose guests have an IOMMU of their own")
+        .max_term_width(100)
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .disable_help_subcommand(true)
+        .arg(
+            Arg::new("verbose")
+                .short('v')
+                .long("verbose")
+                .global(true)
+                .action(ArgAction::Count)
+                .help("Say more on standard error; -vv and -vvv say yet more"),
+        )
+        .subcommand(run::command())
+}
+
+fn fail(failure: Failure) -> ExitCode {
+    let (status, text) = match failure {
+        Failure::Usage(text) => (STATUS_USAGE, text),
+        Failure::Error(why) => (STATUS_ERROR, sentence(&*why)),
+    };
+    eprintln!("nestling: {text}");
+    ExitCode::from(status)
+}
+
+/// An error and its sources as one line; a source that is told already is left out.
+fn sentence(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let more = source.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        next = source.source();
+    }
+    text.replace('\n', " ")
+}
+
+/// clap's report as one line: what is wrong, and its tip.
+fn usage(error: &clap::Error) -> String {
+    let report = error.render().to_string();
+    let lines: Vec<&str> = report
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .filter(|line| !line.is_empty())
+        .collect();
+    let text = lines.join("; ");
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    format!("{text}; see nestling --help")
+}

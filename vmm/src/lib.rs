@@ -1,5 +1,7 @@
 //! nestling's virtual machine: KVM, memory layout, boot, ACPI, interrupt routing and the device
 //! manager.
+//!
+//! [`config`] is what a user asks for, [`vm::run`] makes it true, [`outcome`] says how it ended.
 
 pub mod acpi;
 pub mod boot;
@@ -7,3 +9,6 @@ pub mod config;
 pub mod interrupts;
 pub mod kvm;
 pub mod memory;
+pub mod outcome;
+pub mod terminal;
+pub mod vm;

@@ -38,14 +38,20 @@ impl Outcome {
 /// Every exit status, for help texts.
 pub const STATUSES: &[(&str, &str)] = &[
     ("0", "the guest powered itself off"),
-    ("1", "nestling or the host cannot go on; the reason is on standard error"),
+    (
+        "1",
+        "nestling or the host cannot go on; the reason is on standard error",
+    ),
     ("2", "the command line or the configuration is wrong"),
     (
         "3",
         "the guest asked for a reboot (a panic with panic=-1 does, too) with --platform on_reboot=exit",
     ),
     ("4", "the guest's CPU shut down: a triple fault"),
-    ("128+N", "signal N ended nestling; Ctrl-A x counts as SIGINT"),
+    (
+        "128+N",
+        "signal N ended nestling; Ctrl-A x counts as SIGINT",
+    ),
     ("any", "the guest's choice with --platform debug_exit=on"),
 ];
 

@@ -174,10 +174,10 @@ impl Builder {
     /// # Errors
     /// A required section is missing.
     pub fn build(self) -> Result<VmConfig, SchemaError> {
-        if !self
+        if self
             .0
             .get("payload")
-            .is_some_and(|p| p.get("kernel").is_some())
+            .is_none_or(|p| p.get("kernel").is_none())
         {
             return Err(SchemaError(
                 "no kernel is given; add --kernel PATH (or payload.kernel in the JSON)".into(),

@@ -20,6 +20,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::interrupt::{MsiSource, MsiVector};
+use devices::legacy::IoapicSink;
 use devices::pci::root::IoEventRegistry;
 use devices::pci::{IoEvent, Space};
 use kvm_bindings::{
@@ -287,6 +288,18 @@ impl MsiSink for Interrupts {
         };
         // Refused only where the message names no APIC: hardware would lose it, too.
         let _ = self.vm.signal_msi(message);
+    }
+}
+
+impl IoapicSink for Interrupts {
+    fn route(&self, pin: u8, msi: Msi) {
+        if let Err(why) = self.set_pin(pin, Some(msi)) {
+            log::error!("KVM refuses the route of I/O APIC pin {pin}: {why}");
+        }
+    }
+
+    fn deliver(&self, pin: u8, _msi: Msi) {
+        self.pulse_pin(pin);
     }
 }
 

@@ -1,0 +1,263 @@
+//! The devices of a VM, built from its configuration.
+
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use devices::bus::{Bus, BusDevice, BusError};
+use devices::interrupt::IrqLine;
+use devices::legacy::{AcpiPower, DebugExit, I8042, Ioapic, PowerEvents, SerialPort};
+use devices::pci::root::RootError;
+use devices::pci::{ConfigPorts, Ecam, PciRoot, Placement, RootConfig};
+use devices::virtio::{
+    Block, BlockConfig, BlockError, Rng, RngError, VirtioDevice, VirtioPci, VirtioPciError,
+};
+use viommu::dma::DmaPort;
+use viommu::{GuestRam, Rid};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::buses::Buses;
+use super::event_loop::Input;
+use crate::config::{SerialMode, Validated};
+use crate::interrupts::Interrupts;
+use crate::kvm::vcpu::{EventLine, GuestEvent};
+use crate::memory::layout::{IOAPIC, Layout};
+
+/// Where the ACPI power registers are.
+pub(super) const ACPI_POWER_PORT: u16 = 0x600;
+/// The I/O APIC's pin of the power button.
+pub(super) const POWER_BUTTON_PIN: u8 = 5;
+/// The port I/O window of the PCI root.
+pub(super) const PCI_PORTS: (u16, u16) = (0x1000, 0xffff);
+
+/// Why a device cannot be had: one sentence, with its source's appended.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] BlockError),
+    /// The entropy source.
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    /// A virtio function.
+    #[error(transparent)]
+    Virtio(#[from] VirtioPciError),
+    /// The PCI root.
+    #[error(transparent)]
+    Pci(#[from] RootError),
+    /// A bus.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// A file for output.
+    #[error("{what} file={} cannot be written ({source}); correct the path or its permissions", path.display())]
+    Output {
+        /// Whose.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The host has no more of something.
+    #[error("{what} cannot be had ({source}); raise the limits of this user")]
+    Host {
+        /// Of what.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// The devices of a VM. Dropping them stops them.
+pub(super) struct Devices {
+    buses: Buses,
+    root: Arc<PciRoot>,
+    serial: Arc<SerialPort>,
+    power_button: Arc<dyn IrqLine>,
+    ecam: u64,
+    typed_into: Option<TypedInto>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TypedInto {
+    Serial,
+}
+
+impl Devices {
+    /// Builds everything that `config` names.
+    pub(super) fn new(
+        config: &Validated,
+        layout: &Layout,
+        ram: &GuestRam,
+        interrupts: &Arc<Interrupts>,
+        events: &Arc<EventLine>,
+    ) -> Result<Self, DeviceError> {
+        let (mmio, pio) = (Arc::new(Bus::mmio()), Arc::new(Bus::pio()));
+        let ioapic = Ioapic::new(interrupts.clone());
+        mmio.insert(IOAPIC.first, IOAPIC.len(), ioapic.clone())?;
+        let power: Arc<dyn PowerEvents> = Arc::new(Power(events.clone()));
+        let on_ports =
+            |base: u64, length: u64, device: Arc<dyn BusDevice>| pio.insert(base, length, device);
+        on_ports(
+            ACPI_POWER_PORT.into(),
+            AcpiPower::LENGTH,
+            Arc::new(AcpiPower(power.clone())),
+        )?;
+        on_ports(I8042::PORT, 1, Arc::new(I8042(power.clone())))?;
+        if config.platform.debug_exit {
+            on_ports(DebugExit::PORT, 1, Arc::new(DebugExit(power.clone())))?;
+        }
+        let serial = SerialPort::new(ioapic.line(SerialPort::COM1_IRQ), serial_output(config)?);
+        let serial = Arc::new(serial.map_err(|source| DeviceError::Host {
+            what: "an event for the serial port",
+            source,
+        })?);
+        on_ports(SerialPort::COM1, SerialPort::LENGTH, serial.clone())?;
+
+        let root = PciRoot::new(
+            RootConfig {
+                mmio32: layout.mmio32.first..=layout.mmio32.last,
+                mmio64: layout.mmio64.first..=layout.mmio64.last,
+                pio: PCI_PORTS.0.into()..=PCI_PORTS.1.into(),
+            },
+            mmio.clone(),
+            pio.clone(),
+            interrupts.clone(),
+        );
+        let devices = Self {
+            power_button: ioapic.line(POWER_BUTTON_PIN),
+            buses: Buses { mmio, pio, ioapic },
+            root: root.clone(),
+            serial,
+            ecam: layout.ecam.first,
+            typed_into: (config.serial.mode == SerialMode::Tty).then_some(TypedInto::Serial),
+        };
+        let (mmio, pio) = (&devices.buses.mmio, &devices.buses.pio);
+        mmio.insert(
+            layout.ecam.first,
+            layout.ecam.len(),
+            Arc::new(Ecam(root.clone())),
+        )?;
+        pio.insert(
+            ConfigPorts::BASE,
+            ConfigPorts::LENGTH,
+            Arc::new(ConfigPorts::new(root, power)),
+        )?;
+        devices.add_virtio(config, ram, interrupts)?;
+        Ok(devices)
+    }
+
+    fn add_virtio(
+        &self,
+        config: &Validated,
+        ram: &GuestRam,
+        interrupts: &Arc<Interrupts>,
+    ) -> Result<(), DeviceError> {
+        let add = |device| self.add_function(device, ram, interrupts).map(drop);
+        for (n, disk) in config.disks.iter().enumerate() {
+            let serial = disk.id.clone().unwrap_or_else(|| format!("disk{n}"));
+            add(Block::open(&BlockConfig {
+                path: disk.path.clone(),
+                readonly: disk.readonly,
+                serial,
+            })?)?;
+        }
+        add(Rng::open(&config.rng.src)?)
+    }
+
+    fn add_function(
+        &self,
+        device: Arc<dyn VirtioDevice>,
+        ram: &GuestRam,
+        interrupts: &Arc<Interrupts>,
+    ) -> Result<Rid, DeviceError> {
+        let slot = self.root.reserve(Placement::Any)?;
+        let msi = interrupts.source(slot.rid(), None);
+        let function = VirtioPci::new(device, DmaPort::direct(ram.clone()), &*msi)?;
+        Ok(slot.fill(function)?)
+    }
+
+    /// Where vCPUs' exits go.
+    pub(super) fn buses(&self) -> &Buses {
+        &self.buses
+    }
+
+    /// The device that has the terminal.
+    pub(super) fn typed_into(&self) -> Option<Box<dyn Input>> {
+        self.typed_into
+            .map(|TypedInto::Serial| Box::new(SerialInput(self.serial.clone())) as Box<dyn Input>)
+    }
+
+    /// The power button.
+    pub(super) fn power_button(&self) -> Arc<dyn IrqLine> {
+        self.power_button.clone()
+    }
+}
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        // The buses hold the root complex and it holds them: take one of the two apart.
+        let _ = self.buses.mmio.remove(self.ecam);
+        let _ = self.buses.pio.remove(ConfigPorts::BASE);
+        for rid in self.root.rids() {
+            // Dropping a function stops it.
+            let _ = self.root.remove(rid);
+        }
+    }
+}
+
+fn serial_output(config: &Validated) -> Result<Box<dyn Write + Send>, DeviceError> {
+    match (config.serial.mode, &config.serial.file) {
+        (SerialMode::Tty, _) => {
+            // Not through Rust's buffer: the guest's prompt has no newline.
+            let stdout = io::stdout().as_fd().try_clone_to_owned();
+            let stdout = stdout.map_err(|source| DeviceError::Host {
+                what: "a descriptor of standard output",
+                source,
+            })?;
+            Ok(Box::new(File::from(stdout)))
+        }
+        (SerialMode::File, Some(path)) => match File::create(path) {
+            Ok(file) => Ok(Box::new(file)),
+            Err(source) => Err(DeviceError::Output {
+                what: "serial",
+                path: path.clone(),
+                source,
+            }),
+        },
+        (SerialMode::Null | SerialMode::File, _) => Ok(Box::new(io::sink())),
+    }
+}
+
+struct SerialInput(Arc<SerialPort>);
+
+impl Input for SerialInput {
+    fn receive(&self, bytes: &[u8]) -> usize {
+        self.0.receive(bytes)
+    }
+
+    fn room_event(&self) -> &EventFd {
+        self.0.room_event()
+    }
+}
+
+/// The guest's wishes, to the event loop.
+struct Power(Arc<EventLine>);
+
+impl PowerEvents for Power {
+    fn reset(&self) {
+        self.0.report(GuestEvent::Reset);
+    }
+
+    fn power_off(&self) {
+        self.0.report(GuestEvent::PowerOff);
+    }
+
+    fn debug_exit(&self, status: u8) {
+        self.0.report(GuestEvent::DebugExit(status));
+    }
+}

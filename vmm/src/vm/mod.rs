@@ -1,0 +1,178 @@
+//! A VM from its configuration to its end.
+//!
+//! [`run`] builds the VM, runs it, and builds it again after a reboot. Building is in the order
+//! in which a mistake of the user is cheapest to tell: memory, kernel, devices, then vCPUs.
+//! Nothing is left behind when any of it fails.
+
+mod buses;
+mod devices;
+mod event_loop;
+
+use std::io;
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress};
+
+pub use devices::DeviceError;
+
+use self::devices::Devices;
+use self::event_loop::{OnSignal, Signals, Wake};
+use crate::acpi::{self, Platform};
+use crate::boot::{self, ACPI_AREA, BootError};
+use crate::config::{OnReboot, SerialMode, Validated};
+use crate::interrupts::Interrupts;
+use crate::kvm::vcpu::{EventLine, Exits, GuestEvent, VcpuThreads};
+use crate::kvm::{self, Host, KvmError, cpuid, registers};
+use crate::memory::layout::{self, IOAPIC, LayoutError};
+use crate::memory::ram::{self, RamError};
+use crate::outcome::Outcome;
+use crate::terminal::RawMode;
+
+/// Why a VM does not run, or did not go on: one sentence, with its sources' appended.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The physical address map.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Guest memory.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The kernel or the initramfs.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// ACPI.
+    #[error(transparent)]
+    Acpi(#[from] acpi::TooLarge),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The host refused something small.
+    #[error("{what} cannot be had ({source}); raise the limits of this user")]
+    Host {
+        /// What.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A vCPU cannot go on.
+    #[error("{0}")]
+    Failed(String),
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Host { what, source }
+}
+
+/// Runs the VM that `config` describes until it ends.
+///
+/// # Errors
+/// It cannot be built, or nestling or KVM cannot go on.
+pub fn run(config: &Validated) -> Result<Outcome, VmError> {
+    let kvm = Host::open()?;
+    // Before any thread, so that all of them leave the signals to the event loop.
+    let mut signals = Signals::block().map_err(host("a descriptor for signals"))?;
+    loop {
+        let vm = Vm::build(config, &kvm)?;
+        let wake;
+        (wake, signals) = vm.run(config, signals)?;
+        match wake {
+            Wake::Guest(GuestEvent::Reset) if config.platform.on_reboot == OnReboot::Restart => {
+                log::info!("the guest reboots");
+            }
+            Wake::Guest(GuestEvent::Reset) => return Ok(Outcome::Reboot),
+            Wake::Guest(GuestEvent::PowerOff) => return Ok(Outcome::PowerOff),
+            Wake::Guest(GuestEvent::TripleFault) => return Ok(Outcome::TripleFault),
+            Wake::Guest(GuestEvent::DebugExit(status)) => return Ok(Outcome::DebugExit(status)),
+            Wake::Guest(GuestEvent::Failed(why)) => return Err(VmError::Failed(why)),
+            Wake::Signal(number) => return Ok(Outcome::Signal(number)),
+        }
+    }
+}
+
+/// A VM that was built. Fields are dropped in this order: first what uses the others.
+struct Vm {
+    vcpus: Vec<kvm_ioctls::VcpuFd>,
+    devices: Devices,
+    interrupts: Arc<Interrupts>,
+    kvm: Arc<kvm::Vm>,
+    events: Arc<EventLine>,
+}
+
+impl Vm {
+    fn build(config: &Validated, host_kvm: &Host) -> Result<Self, VmError> {
+        let size = config.memory.size.0;
+        let layout = layout::compose(size, host_kvm.address_width(), &[])?;
+        let ram = ram::allocate(&config.memory, &layout)?;
+        let memory_map = boot::memory_map(&layout);
+        let entry = boot::load(&ram, &layout, &config.payload, &memory_map, ACPI_AREA.first)?;
+
+        let cpus = config.cpus.boot_vcpus;
+        let kvm = Arc::new(host_kvm.create_vm(ram.clone(), cpus)?);
+        let interrupts = Interrupts::new(kvm.fd().clone());
+        let events = Arc::new(EventLine::new().map_err(host("an event descriptor"))?);
+        let devices = Devices::new(config, &layout, &ram, &interrupts, &events)?;
+
+        let tables = acpi::tables(&platform(&layout, cpus), ACPI_AREA)?;
+        ram.write_slice(&tables.bytes, GuestAddress(tables.at))
+            .map_err(|_| BootError::Write { at: tables.at })?;
+
+        let mut vcpus = Vec::with_capacity(cpus.into());
+        for index in 0..cpus {
+            let vcpu = kvm.create_vcpu(index)?;
+            let cpuid = cpuid::compose(host_kvm.cpuid(), index, cpus, host_kvm.tsc_deadline());
+            registers::set_up(&vcpu, index, &cpuid, (index == 0).then_some(entry))?;
+            vcpus.push(vcpu);
+        }
+        Ok(Self {
+            vcpus,
+            devices,
+            interrupts,
+            kvm,
+            events,
+        })
+    }
+
+    fn run(mut self, config: &Validated, signals: Signals) -> Result<(Wake, Signals), VmError> {
+        let _raw = match config.serial.mode {
+            SerialMode::Tty => RawMode::enter().map_err(host("the terminal in raw mode"))?,
+            _ => None,
+        };
+        let exits: Arc<dyn Exits> = Arc::new(self.devices.buses().clone());
+        let vcpus = std::mem::take(&mut self.vcpus);
+        let mut threads = VcpuThreads::start(&self.kvm, vcpus, &exits, &self.events)?;
+        let interrupts = self.interrupts.clone();
+        let button = self.devices.power_button();
+        let on_signal = OnSignal {
+            user1: Box::new(move || eprintln!("{interrupts:?}")),
+            power: Box::new(move || {
+                button.set(true);
+                button.set(false);
+            }),
+        };
+        let typed_into = self.devices.typed_into();
+        let ended = event_loop::run(self.events.clone(), signals, on_signal, typed_into);
+        threads.stop();
+        ended.map_err(host("the event loop"))
+    }
+}
+
+fn platform(layout: &layout::Layout, vcpus: u8) -> Platform<'_> {
+    use ::devices::legacy::{AcpiPower, SerialPort};
+    let power = |offset: u64| devices::ACPI_POWER_PORT + offset as u16;
+    Platform {
+        layout,
+        pio: devices::PCI_PORTS,
+        vcpus,
+        ioapic_id: 0,
+        ioapic: IOAPIC,
+        sleep_control: power(AcpiPower::SLEEP_CONTROL),
+        sleep_status: power(AcpiPower::SLEEP_STATUS),
+        reset: (power(AcpiPower::RESET), AcpiPower::RESET_VALUE),
+        power_button_gsi: devices::POWER_BUTTON_PIN.into(),
+        serial: (SerialPort::COM1 as u16, SerialPort::COM1_IRQ.into()),
+        extra: &[],
+    }
+}
