@@ -1,0 +1,200 @@
+//! Decoding root and context entries of guest memory (chapter 9.1 to 9.4): pure, and bounded to
+//! one root and one context entry.
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::capabilities::Offer;
+use crate::backend::{Stage2, Translation};
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::registers::{Rtaddr, TranslationTableMode};
+use crate::spec::vtd::tables::{
+    CONTEXT_ENTRY_SIZE, ContextEntryHigh, ContextEntryLow, ROOT_ENTRY_SIZE, RootEntryLow,
+    SCALABLE_CONTEXT_ENTRY_SIZE, ScalableContextHigh, ScalableContextLow, address_width,
+};
+use crate::{Gpa, Rid};
+
+/// Why tables give no translation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Problem {
+    /// What is wrong.
+    pub(super) reason: FaultReason,
+    /// An entry on the way has FPD: qualified faults are not recorded.
+    pub(super) fpd: bool,
+}
+
+/// A translation as the guest's tables give it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Entry {
+    /// Its domain, by which invalidations name it.
+    pub(super) did: u16,
+    /// What translates.
+    pub(super) translation: Translation,
+    /// Qualified faults are not recorded.
+    pub(super) fpd: bool,
+}
+
+/// A valid scalable-mode context entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct ScalableContext {
+    /// The PASID directory.
+    pub(super) directory: Gpa,
+    /// How many PASIDs it can name.
+    pub(super) pasids: u32,
+    /// The PASID of requests without PASID.
+    pub(super) rid_pasid: u32,
+    /// Requests with PASID are allowed.
+    pub(super) paside: bool,
+    /// Page requests are allowed.
+    pub(super) pre: bool,
+    /// Qualified faults are not recorded.
+    pub(super) fpd: bool,
+}
+
+/// What a context entry says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Context {
+    /// Legacy mode: everything.
+    Legacy(Entry),
+    /// Scalable mode: where the PASID entries are.
+    Scalable(ScalableContext),
+}
+
+/// Guest memory as the decoders read it: RAM only, so that a table in MMIO cannot be read.
+pub(super) fn read_words<const N: usize>(ram: &GuestMemoryMmap<()>, at: u64) -> Option<[u64; N]> {
+    let mut words = [[0u8; 8]; N];
+    ram.read_slice(words.as_flattened_mut(), GuestAddress(at))
+        .ok()?;
+    Some(words.map(u64::from_le_bytes))
+}
+
+/// Decodes the context entry of `rid` under the root table that `root` names.
+pub(super) fn decode(
+    ram: &GuestMemoryMmap<()>,
+    offer: &Offer,
+    root: Rtaddr,
+    rid: Rid,
+) -> Result<Context, Problem> {
+    match root.mode() {
+        TranslationTableMode::Legacy => legacy(ram, offer, root, rid).map(Context::Legacy),
+        TranslationTableMode::Scalable if offer.ecap.smts() => {
+            scalable(ram, offer, root, rid).map(Context::Scalable)
+        }
+        _ => Err(Problem {
+            reason: FaultReason::RootTableAddressInvalid,
+            fpd: false,
+        }),
+    }
+}
+
+fn legacy(
+    ram: &GuestMemoryMmap<()>,
+    offer: &Offer,
+    root: Rtaddr,
+    rid: Rid,
+) -> Result<Entry, Problem> {
+    let fault = |reason| Problem { reason, fpd: false };
+    let at = root.address() + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
+    let [low, high] = read_words(ram, at).ok_or(fault(FaultReason::RootTableAccess))?;
+    let entry = RootEntryLow::from_bits(low);
+    if !entry.p() {
+        return Err(fault(FaultReason::RootEntryNotPresent));
+    }
+    if low & RootEntryLow::RESERVED != 0 || high != 0 {
+        return Err(fault(FaultReason::RootEntryReserved));
+    }
+
+    let at = entry.context_table() + u64::from(rid.devfn()) * CONTEXT_ENTRY_SIZE;
+    let [low_bits, high_bits] =
+        read_words(ram, at).ok_or(fault(FaultReason::ContextTableAccess))?;
+    let low = ContextEntryLow::from_bits(low_bits);
+    let high = ContextEntryHigh::from_bits(high_bits);
+    let fpd = low.fpd();
+    let fault = |reason| Problem { reason, fpd };
+    if !low.p() {
+        return Err(fault(FaultReason::ContextEntryNotPresent));
+    }
+    if low_bits & ContextEntryLow::RESERVED != 0 || high_bits & ContextEntryHigh::RESERVED != 0 {
+        return Err(fault(FaultReason::ContextEntryReserved));
+    }
+    let width = address_width(high.aw())
+        .filter(|_| offer.has_width(high.aw()))
+        .ok_or(fault(FaultReason::ContextEntryInvalid))?;
+    let translation = match low.tt() {
+        0 => second_stage(low.second_stage(), width, false),
+        1 if offer.ecap.dt() => second_stage(low.second_stage(), width, false),
+        2 if offer.ecap.pt() => Translation::Identity,
+        _ => return Err(fault(FaultReason::ContextEntryInvalid)),
+    };
+    Ok(Entry {
+        did: high.did(),
+        translation,
+        fpd,
+    })
+}
+
+fn second_stage(root: u64, width: u8, ad: bool) -> Translation {
+    Translation::Stage2(Stage2 {
+        root: Gpa(root),
+        width,
+        ad,
+    })
+}
+
+fn scalable(
+    ram: &GuestMemoryMmap<()>,
+    offer: &Offer,
+    root: Rtaddr,
+    rid: Rid,
+) -> Result<ScalableContext, Problem> {
+    let fault = |reason| Problem { reason, fpd: false };
+    let devfn = u64::from(rid.devfn());
+    let at = root.address() + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
+    let halves: [u64; 2] =
+        read_words(ram, at).ok_or(fault(FaultReason::ScalableRootTableAccess))?;
+    // Each half stands alone: the other one may be anything.
+    let half = halves[usize::from(devfn >= 0x80)];
+    let entry = RootEntryLow::from_bits(half);
+    if !entry.p() {
+        return Err(fault(FaultReason::ScalableRootNotPresent));
+    }
+    if half & RootEntryLow::RESERVED != 0 {
+        return Err(fault(FaultReason::ScalableRootReserved));
+    }
+
+    let at = entry.context_table() + (devfn & 0x7f) * SCALABLE_CONTEXT_ENTRY_SIZE;
+    let [low_bits, high_bits, rest @ ..]: [u64; 4] =
+        read_words(ram, at).ok_or(fault(FaultReason::ScalableContextTableAccess))?;
+    let low = ScalableContextLow::from_bits(low_bits);
+    let high = ScalableContextHigh::from_bits(high_bits);
+    let fpd = low.fpd();
+    let fault = |reason| Problem { reason, fpd };
+    if !low.p() {
+        return Err(fault(FaultReason::ScalableContextNotPresent));
+    }
+    // A field of a capability that is not offered is a reserved field.
+    let reserved = low_bits & ScalableContextLow::RESERVED != 0
+        || high_bits & ScalableContextHigh::RESERVED != 0
+        || rest != [0; 2]
+        || low.dte() && !offer.ecap.dt()
+        || low.paside() && !offer.ecap.pasid()
+        || low.pre() && !offer.ecap.prs()
+        || high.rid_priv() && !offer.ecap.rprivs();
+    if reserved {
+        return Err(fault(FaultReason::ScalableContextReserved));
+    }
+    // Page requests without a device TLB make no sense and PRE cannot be obeyed.
+    if low.pre() && !low.dte() {
+        return Err(fault(FaultReason::ScalableContextInvalid));
+    }
+    if high.rid_pasid() >= low.pasids() {
+        return Err(fault(FaultReason::RidPasidInvalid));
+    }
+    Ok(ScalableContext {
+        directory: Gpa(low.directory()),
+        pasids: low.pasids(),
+        rid_pasid: high.rid_pasid(),
+        paside: low.paside(),
+        pre: low.pre(),
+        fpd,
+    })
+}
