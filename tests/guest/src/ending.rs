@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use crate::harness::{Guest, Lab, Test, process};
+use crate::harness::{Guest, Lab, Test, payload, process};
 
 /// The tests.
 pub const TESTS: &[Test] = &[
@@ -23,6 +23,10 @@ pub const TESTS: &[Test] = &[
         |lab| reboots(lab, 3),
     ),
     Test::new("sigterm_ends_it_cleanly", signal),
+    Test::new(
+        "an_elf_kernel_is_entered_by_pvh_and_chooses_its_status",
+        elf,
+    ),
 ];
 
 fn guest() -> Guest {
@@ -86,18 +90,32 @@ pub fn reboots(lab: &Lab, times: u32) -> Result<()> {
     Ok(())
 }
 
+fn elf(lab: &Lab) -> Result<()> {
+    let kernel = lab.file("payload");
+    std::fs::write(&kernel, payload::exits_with(42))?;
+    let guest = guest()
+        .kernel_file(&kernel)
+        .option("--platform", "debug_exit=on")
+        .start(lab)?;
+    let ended = guest.wait(Duration::from_secs(20))?;
+    ensure!(
+        ended.status == 42,
+        "status {}\n{}",
+        ended.status,
+        ended.said
+    );
+    Ok(())
+}
+
 fn signal(lab: &Lab) -> Result<()> {
     let guest = guest().boot(lab)?;
     guest.signal(libc::SIGTERM)?;
     let socket = guest.channel().to_owned();
     let ended = guest.wait(Duration::from_secs(10))?;
     ensure!(
-        ended.status != 0,
-        "an ending by a signal looks like a power-off"
-    );
-    ensure!(
-        ended.status < 128,
-        "nestling was killed by a signal instead of ending by it"
+        ended.status == 128 + libc::SIGTERM,
+        "status {} after SIGTERM",
+        ended.status
     );
     ensure!(!socket.exists(), "{} was left behind", socket.display());
     Ok(())

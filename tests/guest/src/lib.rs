@@ -2,6 +2,7 @@
 //! from inside. The lab starts this program there once for each test (`guest-test run NAME`).
 //! See tests/README.md for how to add one.
 
+pub mod bench;
 pub mod boot;
 pub mod demo;
 pub mod disk;
@@ -19,6 +20,7 @@ use harness::Test;
 
 /// Every module's tests.
 pub const ALL: &[(&str, &[Test])] = &[
+    ("bench", bench::TESTS),
     ("boot", boot::TESTS),
     ("demo", demo::TESTS),
     ("disk", disk::TESTS),

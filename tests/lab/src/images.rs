@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::cpio::Archive;
-use crate::setup::{LAB_KERNEL, Supplies};
+use crate::setup::{LAB_KERNEL, Qemu, Supplies};
 
 /// Writes everything that the machines see into `lab` (`target/lab`), which they all share:
 /// `bin/`, and `guests/NAME/{vmlinuz,initramfs}` with `guests/tools` to append.
@@ -104,6 +104,7 @@ fn add_modules(archive: &mut Archive, stock: &Path) -> Result<()> {
 /// blkdiscard: busybox has one of that name that cannot write zeroes.
 fn tools(tree: &Path) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
+    let folders = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|p| tree.join(p));
     let mut needed = BTreeSet::new();
     for (program, place) in [
         ("usr/bin/lspci", "usr/bin/lspci"),
@@ -111,7 +112,7 @@ fn tools(tree: &Path) -> Result<Vec<u8>> {
     ] {
         let file = tree.join(program);
         archive.file(place, &file)?;
-        needed.extend(libraries(&file, tree)?);
+        needed.extend(libraries(&file, &folders)?);
     }
     for library in needed {
         let name = library
@@ -128,10 +129,40 @@ fn tools(tree: &Path) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
+/// Puts QEMU into `lab/qemu` with its libraries and the firmware it boots a kernel with, so that
+/// it can be measured where the guests run.
+///
+/// # Errors
+/// A file cannot be copied.
+pub fn bundle_qemu(qemu: &Qemu, lab: &Path) -> Result<()> {
+    let to = lab.join("qemu");
+    for folder in ["lib", "share"] {
+        fs::create_dir_all(to.join(folder))?;
+    }
+    let (program, folders, share) = qemu.parts();
+    place(program, &to.join("qemu-system-x86_64"))?;
+    for library in libraries(program, &folders)? {
+        let name = library.file_name().context("a library's name")?.to_owned();
+        place(&library, &to.join("lib").join(name))?;
+    }
+    for name in [
+        "bios-256k.bin",
+        "linuxboot_dma.bin",
+        "linuxboot.bin",
+        "pvh.bin",
+        "kvmvapic.bin",
+    ] {
+        let found = ["qemu", "seabios"].map(|folder| share.join(folder).join(name));
+        if let Some(file) = found.iter().find(|f| f.exists()) {
+            place(file, &to.join("share").join(name))?;
+        }
+    }
+    Ok(())
+}
+
 /// The shared libraries of a program, as this machine's loader finds them.
-fn libraries(program: &Path, tree: &Path) -> Result<BTreeSet<PathBuf>> {
-    let paths = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|p| tree.join(p));
-    let path = std::env::join_paths(paths)?;
+fn libraries(program: &Path, folders: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
+    let path = std::env::join_paths(folders)?;
     let output = Command::new("ldd")
         .arg(program)
         .env("LD_LIBRARY_PATH", path)

@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use lab::cache::Cache;
 use lab::fuzz::Fuzzers;
 use lab::machine::Hosts;
-use lab::place::{Place, Test, has_kvm};
+use lab::place::{PLAIN, Place, Test, has_kvm};
 use lab::report::{Tally, step};
 use lab::setup::Supplies;
 use lab::{cache, debian, images, programs, report, setup, shell, suite};
@@ -128,7 +128,7 @@ fn run(cli: &Cli) -> Result<bool> {
                 }
             }
         }
-        Command::Setup => lab.supplies().map(|_| true),
+        Command::Setup => Supplies::get(&lab.root, &lab.cache, true).map(|_| true),
         Command::Kernel => {
             let kernel = setup::build_kernel(&lab.root, &lab.cache)?;
             println!("{}", kernel.display());
@@ -168,20 +168,24 @@ impl Lab {
         })
     }
 
-    fn supplies(&self) -> Result<Supplies> {
-        Supplies::get(&self.root, &self.cache, self.emulate)
-    }
-
-    /// Builds what runs in machines and makes everything they boot with.
-    fn prepare(&self) -> Result<(Supplies, Vec<Test>)> {
+    /// Builds what runs in machines, makes everything they boot with, and gives the place where
+    /// the chosen guest tests run.
+    fn prepare(&self, choose: impl Fn(&Test) -> bool) -> Result<(Place, Vec<Test>)> {
         report::section("Set-up");
-        let supplies = self.supplies()?;
         let programs = step("build nestling and the guest tests", || {
             programs::build(&self.root)
         })?;
+        let mut tests = suite::list(&programs)?;
+        tests.retain(choose);
+        let measured = tests.iter().any(|test| test.name.starts_with("bench::"));
+        let emulated = self.emulate || tests.iter().any(|test| test.profile != PLAIN);
+        let supplies = Supplies::get(&self.root, &self.cache, emulated || measured)?;
         step("make the guests' images", || {
             images::make(&supplies, &programs, &self.lab)
         })?;
+        if measured && let Some(qemu) = &supplies.qemu {
+            images::bundle_qemu(qemu, &self.lab)?;
+        }
         println!(
             "  guests run {}",
             if self.emulate {
@@ -190,25 +194,17 @@ impl Lab {
                 "on this machine's own KVM"
             }
         );
-        let tests = suite::list(&programs)?;
-        Ok((supplies, tests))
+        let direct = (!self.emulate).then(|| self.lab.join("bin/guest-test"));
+        Ok((Place::new(direct, self.hosts(supplies)), tests))
     }
 
-    fn hosts(&self, supplies: &Supplies) -> Result<Hosts> {
-        Ok(Hosts {
-            qemu: supplies.qemu.clone().context("no QEMU was set up")?,
-            kernel: supplies.host_kernel.clone(),
+    fn hosts(&self, supplies: Supplies) -> Option<Hosts> {
+        Some(Hosts {
+            qemu: supplies.qemu?,
+            kernel: supplies.host_kernel,
             root: self.root.clone(),
             lab: self.lab.clone(),
         })
-    }
-
-    fn place(&self, supplies: &Supplies) -> Result<Place> {
-        if self.emulate {
-            Ok(Place::emulated(self.hosts(supplies)?))
-        } else {
-            Ok(Place::Direct(self.lab.join("bin/guest-test")))
-        }
     }
 
     fn test_everything(&self, no_guests: bool) -> Result<bool> {
@@ -218,27 +214,20 @@ impl Lab {
         suite::units(&self.root, &mut tally)?;
         suite::fuzzing(&self.root, &mut tally);
         if !no_guests {
-            let (supplies, tests) = self.prepare()?;
-            let tests: Vec<_> = tests.into_iter().filter(|t| !t.on_request).collect();
-            let mut place = self.place(&supplies)?;
+            let (mut place, tests) = self.prepare(|test| !test.on_request)?;
             suite::guests(&mut place, &tests, &self.lab, &mut tally);
         }
         Ok(tally.close())
     }
 
     fn test_guests(&self, filter: &str, on_request: bool) -> Result<bool> {
-        let (supplies, tests) = self.prepare()?;
-        let chosen: Vec<_> = tests
-            .into_iter()
-            .filter(|t| {
-                t.name.contains(filter) && (on_request || !t.on_request || t.name == filter)
-            })
-            .collect();
+        let (mut place, chosen) = self.prepare(|test| {
+            test.name.contains(filter) && (on_request || !test.on_request || test.name == filter)
+        })?;
         if chosen.is_empty() {
             bail!("no guest test matches {filter:?}; see cargo lab list");
         }
         let mut tally = Tally::default();
-        let mut place = self.place(&supplies)?;
         suite::guests(&mut place, &chosen, &self.lab, &mut tally);
         Ok(tally.close())
     }
@@ -260,15 +249,8 @@ impl Lab {
     }
 
     fn shell(&self, machine: &str, profile: &str) -> Result<bool> {
-        let (supplies, _) = self.prepare()?;
-        let host = if self.emulate {
-            let logs = self.lab.join("logs/shell");
-            Some(step(&format!("boot the host {profile}"), || {
-                self.hosts(&supplies)?.boot(profile, &logs)
-            })?)
-        } else {
-            None
-        };
+        let (mut place, _) = self.prepare(|_| false)?;
+        let host = place.take_host(profile, &self.lab.join("logs/shell"))?;
         shell::open(host, machine, &self.lab)
     }
 }

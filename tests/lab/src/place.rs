@@ -27,18 +27,13 @@ pub struct Test {
 
 /// The place where guest tests run.
 #[derive(Debug)]
-pub enum Place {
-    /// This machine. It has only its own hardware: what needs a profile of emulated devices
-    /// runs in the lab's host all the same.
-    Direct(PathBuf),
-    /// The lab's host, booted when needed and again when a test broke it.
-    Emulated(Box<Emulated>),
-}
-
-/// The lab's hosts, one at a time.
-#[derive(Debug)]
-pub struct Emulated {
-    hosts: Hosts,
+pub struct Place {
+    /// The test program, where this machine runs tests itself. It has only its own hardware:
+    /// what needs a profile of emulated devices runs in the lab's host all the same.
+    direct: Option<PathBuf>,
+    /// How to boot the lab's hosts, where one may be needed.
+    hosts: Option<Hosts>,
+    /// The host that runs, and its profile.
     running: Option<(String, Host)>,
     boots: u32,
 }
@@ -57,14 +52,18 @@ pub fn has_kvm() -> bool {
             .is_ok()
 }
 
+/// The profile that every host has, this machine too.
+pub const PLAIN: &str = "plain";
+
 impl Place {
-    /// The lab's hosts, none booted yet.
-    pub fn emulated(hosts: Hosts) -> Self {
-        Self::Emulated(Box::new(Emulated {
+    /// Tests run by the program `direct` on this machine, or on `hosts`.
+    pub fn new(direct: Option<PathBuf>, hosts: Option<Hosts>) -> Self {
+        Self {
+            direct,
             hosts,
             running: None,
             boots: 0,
-        }))
+        }
     }
 
     /// Runs one test with its logs in `target/lab/logs/TEST`.
@@ -75,9 +74,9 @@ impl Place {
         let logs = lab.join("logs").join(&test.name);
         crate::cache::remove(&logs)?;
         fs::create_dir_all(&logs)?;
-        let outcome = match self {
-            Self::Direct(program) => direct(program, test, lab, &logs),
-            Self::Emulated(emulated) => emulated.run(test, &logs),
+        let outcome = match &self.direct {
+            Some(program) if test.profile == PLAIN => direct(program, test, lab, &logs),
+            _ => self.emulated(test, &logs),
         };
         outcome.with_context(|| format!("logs: {}", logs.display()))
     }
@@ -113,12 +112,12 @@ fn direct(program: &Path, test: &Test, lab: &Path, logs: &Path) -> Result<()> {
     Ok(())
 }
 
-impl Emulated {
+impl Place {
     /// A host of `profile`, running.
     ///
     /// # Errors
     /// It does not boot.
-    pub fn host(&mut self, profile: &str) -> Result<&mut Host> {
+    fn host(&mut self, profile: &str) -> Result<&mut Host> {
         if self
             .running
             .as_ref()
@@ -129,13 +128,11 @@ impl Emulated {
         }
         if self.running.is_none() {
             self.boots += 1;
-            let logs = self
-                .hosts
-                .lab
-                .join("logs")
-                .join(format!("host-{}-{profile}", self.boots));
+            let hosts = self.hosts.as_ref().context("no emulated host was set up")?;
+            let name = format!("host-{}-{profile}", self.boots);
+            let logs = hosts.lab.join("logs").join(name);
             let started = Instant::now();
-            let host = self.hosts.boot(profile, &logs)?;
+            let host = hosts.boot(profile, &logs)?;
             println!(
                 "  host {profile} booted in {:.1} s",
                 started.elapsed().as_secs_f64()
@@ -148,7 +145,22 @@ impl Emulated {
         }
     }
 
-    fn run(&mut self, test: &Test, logs: &Path) -> Result<()> {
+    /// A host of its own to work on; `None` where this machine is the host.
+    ///
+    /// # Errors
+    /// It does not boot.
+    pub fn take_host(&mut self, profile: &str, logs: &Path) -> Result<Option<Host>> {
+        if self.direct.is_some() && profile == PLAIN {
+            return Ok(None);
+        }
+        let hosts = self
+            .hosts
+            .as_ref()
+            .context("no emulated host was set up: add --emulate")?;
+        hosts.boot(profile, logs).map(Some)
+    }
+
+    fn emulated(&mut self, test: &Test, logs: &Path) -> Result<()> {
         let host = self.host(&test.profile)?;
         let before = host.log_length();
         let result = host.run(

@@ -235,6 +235,21 @@ impl Qemu {
         command
     }
 
+    /// The program, and the folders that its libraries and its firmware are in.
+    pub fn parts(&self) -> (&Path, Vec<PathBuf>, PathBuf) {
+        match &self.tree {
+            Some(tree) => (
+                &self.program,
+                vec![
+                    tree.join("usr/lib/x86_64-linux-gnu"),
+                    tree.join("lib/x86_64-linux-gnu"),
+                ],
+                tree.join("usr/share"),
+            ),
+            None => (&self.program, Vec::new(), "/usr/share".into()),
+        }
+    }
+
     fn version(&self) -> Result<(u32, u32, u32)> {
         let output = self.command().arg("--version").output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

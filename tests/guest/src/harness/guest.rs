@@ -195,7 +195,7 @@ pub struct Machine {
 /// How nestling ended, and what it left.
 #[derive(Debug)]
 pub struct Ended {
-    /// nestling's exit status; 128 and the signal's number when one ended it.
+    /// nestling's exit status.
     pub status: i32,
     /// The guest's serial console.
     pub console: String,

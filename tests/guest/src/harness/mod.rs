@@ -2,6 +2,7 @@
 
 pub mod dmesg;
 mod guest;
+pub mod payload;
 pub mod process;
 pub mod shell;
 pub mod tap;
