@@ -37,7 +37,7 @@ pub const TESTS: &[Test] = &[
 
 /// Boots the guest and checks that it has so many CPUs and so much memory (MiB).
 fn sees(lab: &Lab, guest: Guest, cpus: u32, memory: u64) -> Result<()> {
-    let mut guest = guest.boot(lab)?;
+    let mut guest = guest.verbose().boot(lab)?;
     let online = guest.run("cat /sys/devices/system/cpu/online")?;
     let all = if cpus == 1 {
         "0".to_owned()

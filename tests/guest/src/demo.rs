@@ -4,7 +4,11 @@ use crate::harness::{Guest, Test, show};
 
 /// The tests.
 pub const TESTS: &[Test] = &[Test::new("a_guest", |lab| {
-    let mut guest = Guest::debian("7.2").cpus(2).memory("size=1G").boot(lab)?;
+    let mut guest = Guest::debian("7.2")
+        .cpus(2)
+        .memory("size=1G")
+        .verbose()
+        .boot(lab)?;
     let seconds = guest.age().as_secs_f64();
     let system = guest.run("uname -srv; nproc; free -m | sed -n 2p; ls /sys/bus/pci/devices")?;
     let ended = guest.power_off()?;

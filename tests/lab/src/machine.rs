@@ -13,7 +13,7 @@ use crate::profile::Profile;
 use crate::setup::Qemu;
 
 /// How long a host may take from its start until its agent answers.
-const BOOT_LIMIT: Duration = Duration::from_secs(90);
+const BOOT_LIMIT: Duration = Duration::from_secs(150);
 /// Where `target/lab` is seen inside a host.
 pub const SHARE: &str = "/lab";
 

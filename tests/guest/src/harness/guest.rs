@@ -12,11 +12,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::{Lab, dmesg};
 
 /// How long a guest may take until its agent answers.
-const BOOT_LIMIT: Duration = Duration::from_secs(90);
+const BOOT_LIMIT: Duration = Duration::from_secs(150);
+/// How long a guest that hung may run again for its log.
+const HANG_LIMIT: Duration = Duration::from_secs(40);
 /// How long a command in a guest may take.
 const RUN_LIMIT: Duration = Duration::from_secs(60);
 /// How long nestling may take to end once its guest has asked for it.
-const END_LIMIT: Duration = Duration::from_secs(30);
+const END_LIMIT: Duration = Duration::from_secs(60);
 
 /// A guest to be.
 #[derive(Clone, Debug)]
@@ -27,6 +29,8 @@ pub struct Guest {
     cpus: u32,
     memory: String,
     cmdline: String,
+    /// The serial port shows the kernel's whole log, at the price of two exits a character.
+    verbose: bool,
     tools: bool,
     arguments: Vec<String>,
 }
@@ -40,6 +44,7 @@ impl Guest {
             cpus: 1,
             memory: "size=512M".to_owned(),
             cmdline: "console=ttyS0 panic=-1".to_owned(),
+            verbose: false,
             tools: false,
             arguments: Vec::new(),
         }
@@ -65,6 +70,13 @@ impl Guest {
     /// With more words on the kernel's command line.
     pub fn cmdline(mut self, words: &str) -> Self {
         self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// With the kernel's whole log on its serial console, not only warnings. The log of a guest
+    /// that powers off is kept either way.
+    pub fn verbose(mut self) -> Self {
+        self.verbose = true;
         self
     }
 
@@ -98,8 +110,18 @@ impl Guest {
     /// of the guest's console.
     pub fn boot(&self, lab: &Lab) -> Result<Machine> {
         let mut machine = self.start(lab)?;
-        machine.wait_for_agent()?;
-        Ok(machine)
+        let Err(error) = machine.wait_for_agent() else {
+            return Ok(machine);
+        };
+        if !self.verbose && machine.child.try_wait()?.is_none() {
+            // It hangs, and its console was quiet: the same once more, for the log of it.
+            drop(machine);
+            if let Ok(again) = self.clone().verbose().start(lab) {
+                std::thread::sleep(HANG_LIMIT);
+                return Err(error.context(again.last_words()));
+            }
+        }
+        Err(error)
     }
 
     /// Starts nestling and waits for nothing: for guests that never take commands.
@@ -173,7 +195,11 @@ impl Guest {
             "--initramfs".into(),
             initramfs.display().to_string(),
             "--cmdline".into(),
-            self.cmdline.clone(),
+            format!(
+                "{}{}",
+                self.cmdline,
+                if self.verbose { "" } else { " loglevel=5" }
+            ),
         ])
     }
 }

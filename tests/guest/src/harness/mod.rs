@@ -36,7 +36,7 @@ impl Test {
         Self {
             name,
             profile: "plain",
-            limit: 120,
+            limit: 300,
             on_request: false,
             run,
         }

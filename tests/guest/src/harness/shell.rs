@@ -36,7 +36,7 @@ pub fn open(kernel: &str) -> Result<()> {
         .stdin(Stdio::null())
         .process_group(0)
         .spawn()?;
-    Client::connect(&socket(), Duration::from_secs(90), || {
+    Client::connect(&socket(), Duration::from_secs(150), || {
         matches!(child.try_wait(), Ok(None))
     })?;
     println!("the guest's console goes to {}", console.display());
