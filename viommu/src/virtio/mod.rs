@@ -1,1 +1,16 @@
-//! See the crate.
+//! Front end: virtio-iommu.
+#![forbid(unsafe_code)]
+
+mod config;
+pub mod decode;
+mod device;
+pub mod domain;
+mod fault;
+pub mod mappings;
+mod probe;
+mod reply;
+
+pub use config::{AddError, Config, ConfigError};
+pub use device::{Counters, DomainSnapshot, EndpointSnapshot, Iommu, Snapshot};
+pub use fault::FaultCounters;
+pub use reply::{Chain, Reply};

@@ -1,0 +1,594 @@
+//! The mappings of one domain: an ordered store of 16 bytes per mapping.
+//!
+//! x86 allows a start of 45 bits (57-bit virtual addresses in 4 KiB pages), a length of 40 bits
+//! and a target of 40 bits (52-bit physical addresses), which with three flags are 128 bits. So a
+//! mapping *is* two words, and the store is one level of a B+ tree: leaves of up to
+//! [`LEAF`] mappings, and a directory from a leaf's lower bound to the leaf. MAP and UNMAP of one
+//! mapping are O(log n); a wide UNMAP costs what it removes. Work close to the last work (the
+//! pages of one buffer) finds its leaf without the directory.
+
+use std::collections::BTreeMap;
+
+use crate::backend::{Access, Mapping};
+use crate::{Gpa, Iova};
+
+/// Bits of a byte offset in a page, the granularity of mappings.
+pub const PAGE_SHIFT: u32 = 12;
+/// Bits of a virtual address; mappings end below.
+pub const IOVA_BITS: u32 = 57;
+/// Bits of a guest-physical address; what is mapped to ends below.
+pub const GPA_BITS: u32 = 52;
+
+/// Mappings in a full leaf: 1 KiB.
+const LEAF: usize = 64;
+/// Neighbouring leaves become one when that has room for some more mappings.
+const MERGED: usize = LEAF - 8;
+
+const LENGTH_LOW: u32 = 21;
+const LENGTH_HIGH: u32 = 19;
+const READ: u64 = 1;
+const WRITE: u64 = 2;
+const MMIO: u64 = 4;
+
+/// One mapping, in pages.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    /// First page (45 bits), upper part of the length less one (19 bits).
+    key: u64,
+    /// Lower part of the length less one (21 bits), target page (40 bits), flags (3 bits).
+    value: u64,
+}
+
+impl Entry {
+    fn new(m: &Mapping) -> Self {
+        let more = (m.length >> PAGE_SHIFT) - 1;
+        let mut flags = 0;
+        for (set, bit) in [
+            (m.access.read, READ),
+            (m.access.write, WRITE),
+            (m.mmio, MMIO),
+        ] {
+            flags |= if set { bit } else { 0 };
+        }
+        Self {
+            key: m.iova.0 >> PAGE_SHIFT << LENGTH_HIGH | more >> LENGTH_LOW,
+            value: more << (64 - LENGTH_LOW) | m.gpa.0 >> PAGE_SHIFT << 3 | flags,
+        }
+    }
+
+    /// First page.
+    fn page(self) -> u64 {
+        self.key >> LENGTH_HIGH
+    }
+
+    /// Pages less one.
+    fn more(self) -> u64 {
+        (self.key & ((1 << LENGTH_HIGH) - 1)) << LENGTH_LOW | self.value >> (64 - LENGTH_LOW)
+    }
+
+    /// First address.
+    fn first(self) -> u64 {
+        self.page() << PAGE_SHIFT
+    }
+
+    /// Last address.
+    fn last(self) -> u64 {
+        self.first() + self.length() - 1
+    }
+
+    /// Bytes.
+    fn length(self) -> u64 {
+        (self.more() + 1) << PAGE_SHIFT
+    }
+
+    fn mapping(self) -> Mapping {
+        Mapping {
+            iova: Iova(self.first()),
+            gpa: Gpa((self.value & ((1 << (64 - LENGTH_LOW)) - 1)) >> 3 << PAGE_SHIFT),
+            length: self.length(),
+            access: Access {
+                read: self.value & READ != 0,
+                write: self.value & WRITE != 0,
+            },
+            mmio: self.value & MMIO != 0,
+        }
+    }
+}
+
+/// The mappings whose first page is in `from..to`, ascending.
+#[derive(Debug, Default)]
+struct Leaf {
+    from: u64,
+    to: u64,
+    entries: Vec<Entry>,
+}
+
+impl Leaf {
+    fn holds(&self, page: u64) -> bool {
+        self.from <= page && page < self.to
+    }
+
+    /// How many entries begin before `page`.
+    fn before(&self, page: u64) -> usize {
+        let limit = page.saturating_mul(1 << LENGTH_HIGH);
+        self.entries.partition_point(|e| e.key < limit)
+    }
+}
+
+/// A mapping exists in the range that was to be mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Overlap;
+
+/// A mapping reaches out of the range that was to be unmapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Split;
+
+/// What an unmap removed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Removed {
+    /// Mappings.
+    pub mappings: usize,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// The store. See the module's text.
+///
+/// No leaf is empty unless it is the only one, and together the leaves cover all pages.
+#[derive(Debug, Default)]
+pub struct Mappings {
+    directory: BTreeMap<u64, usize>,
+    leaves: Vec<Leaf>,
+    /// Leaves not in use; their entries are freed.
+    spare: Vec<usize>,
+    /// The leaf that was used last.
+    finger: usize,
+    len: usize,
+    bytes: u64,
+}
+
+impl Mappings {
+    /// How many mappings there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes mapped.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// All mappings, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = Mapping> {
+        self.directory
+            .values()
+            .flat_map(|&leaf| self.leaves[leaf].entries.iter().map(|e| e.mapping()))
+    }
+
+    /// Whether a mapping has an address of `first..=last`.
+    pub fn any_in(&self, first: u64, last: u64) -> bool {
+        self.last_at(last).is_some_and(|e| e.last() >= first)
+    }
+
+    /// Adds a mapping: page-aligned, not empty, within [`IOVA_BITS`] and [`GPA_BITS`].
+    ///
+    /// # Errors
+    /// [`Overlap`]; nothing is changed then.
+    pub fn insert(&mut self, mapping: &Mapping) -> Result<(), Overlap> {
+        debug_assert!(mapping.length > 0 && mapping.length >> GPA_BITS <= 1);
+        debug_assert!((mapping.iova.0 + mapping.length - 1) >> IOVA_BITS == 0);
+        debug_assert!((mapping.gpa.0 + mapping.length - 1) >> GPA_BITS == 0);
+        let entry = Entry::new(mapping);
+        if self.leaves.is_empty() {
+            self.add_leaf(0, u64::MAX);
+        }
+        let at_leaf = self.seek(entry.page());
+        let leaf = &self.leaves[at_leaf];
+        let at = leaf.before(entry.page());
+        let next = match leaf.entries.get(at) {
+            Some(&next) => Some(next),
+            None if entry.last() >> PAGE_SHIFT < leaf.to => None,
+            None => self.first_from(leaf.to),
+        };
+        let previous = match at.checked_sub(1) {
+            Some(at) => Some(leaf.entries[at]),
+            None => self.last_before(leaf.from),
+        };
+        if next.is_some_and(|e| e.first() <= entry.last())
+            || previous.is_some_and(|e| e.last() >= entry.first())
+        {
+            return Err(Overlap);
+        }
+        self.len += 1;
+        self.bytes += mapping.length;
+        if leaf.entries.len() < LEAF {
+            self.leaves[at_leaf].entries.insert(at, entry);
+        } else {
+            self.insert_into_full(at_leaf, at, entry);
+        }
+        Ok(())
+    }
+
+    /// Removes all mappings in `first..=last`, any addresses.
+    ///
+    /// # Errors
+    /// [`Split`] when a mapping is only partly in the range; nothing is changed then.
+    pub fn remove(&mut self, first: u64, last: u64) -> Result<Removed, Split> {
+        let mut removed = Removed::default();
+        if self.leaves.is_empty() || last < first {
+            return Ok(removed);
+        }
+        // Only the mappings at both ends can reach out.
+        let mut from = first.div_ceil(1 << PAGE_SHIFT);
+        let at_leaf = self.seek(from);
+        let leaf = &self.leaves[at_leaf];
+        let at = leaf.before(from);
+        let previous = match at.checked_sub(1) {
+            Some(at) => Some(leaf.entries[at]),
+            None => self.last_before(leaf.from),
+        };
+        if previous.is_some_and(|e| e.last() >= first) {
+            return Err(Split);
+        }
+        let end = match leaf.entries.get(at) {
+            // The common case: exactly one mapping, as it was made.
+            Some(e) if e.first() == first && e.last() == last => e.page(),
+            _ => match self.last_at(last) {
+                Some(e) if e.first() < first => return Ok(removed),
+                Some(e) if e.last() > last => return Err(Split),
+                Some(e) => e.page(),
+                None => return Ok(removed),
+            },
+        };
+        loop {
+            let at_leaf = self.seek(from);
+            let leaf = &mut self.leaves[at_leaf];
+            let (low, high) = (leaf.before(from), leaf.before(end + 1));
+            let had = leaf.entries.len();
+            for entry in leaf.entries.drain(low..high) {
+                removed.bytes += entry.length();
+            }
+            removed.mappings += high - low;
+            let next = leaf.to;
+            self.settle(at_leaf, had);
+            if next > end {
+                break;
+            }
+            from = next;
+        }
+        self.len -= removed.mappings;
+        self.bytes -= removed.bytes;
+        Ok(removed)
+    }
+
+    /// The leaf that `page` belongs to. There is one.
+    fn find(&self, page: u64) -> usize {
+        match self.leaves.get(self.finger) {
+            Some(leaf) if leaf.holds(page) => self.finger,
+            _ => self
+                .directory
+                .range(..=page)
+                .next_back()
+                .map_or(0, |(_, &leaf)| leaf),
+        }
+    }
+
+    /// As [`find`](Self::find), and remembers it.
+    fn seek(&mut self, page: u64) -> usize {
+        self.finger = self.find(page);
+        self.finger
+    }
+
+    /// The last mapping that begins at or before `address`.
+    fn last_at(&self, address: u64) -> Option<Entry> {
+        let page = address >> PAGE_SHIFT;
+        let leaf = self.leaves.get(self.find(page))?;
+        match leaf.before(page + 1).checked_sub(1) {
+            Some(at) => Some(leaf.entries[at]),
+            None => self.last_before(leaf.from),
+        }
+    }
+
+    /// The last mapping of the leaf before the one that starts at `from`.
+    fn last_before(&self, from: u64) -> Option<Entry> {
+        self.leaves[self.left_of(from)?].entries.last().copied()
+    }
+
+    /// The first mapping of the leaf that starts at `from`.
+    fn first_from(&self, from: u64) -> Option<Entry> {
+        let &leaf = self.directory.get(&from)?;
+        self.leaves[leaf].entries.first().copied()
+    }
+
+    fn left_of(&self, from: u64) -> Option<usize> {
+        if from == 0 {
+            return None;
+        }
+        self.directory
+            .range(..from)
+            .next_back()
+            .map(|(_, &leaf)| leaf)
+    }
+
+    fn add_leaf(&mut self, from: u64, to: u64) -> usize {
+        let leaf = Leaf {
+            from,
+            to,
+            entries: Vec::with_capacity(LEAF),
+        };
+        let at = match self.spare.pop() {
+            Some(at) => {
+                self.leaves[at] = leaf;
+                at
+            }
+            None => {
+                self.leaves.push(leaf);
+                self.leaves.len() - 1
+            }
+        };
+        self.directory.insert(from, at);
+        at
+    }
+
+    /// Splits a full leaf. At its ends a new leaf is begun, so that ascending and descending
+    /// mappings leave full leaves behind; elsewhere both get half.
+    fn insert_into_full(&mut self, at_leaf: usize, at: usize, entry: Entry) {
+        let leaf = &mut self.leaves[at_leaf];
+        let (from, to) = (leaf.from, leaf.to);
+        if at == 0 {
+            let bound = leaf.entries[0].page();
+            leaf.from = bound;
+            self.directory.insert(bound, at_leaf);
+            self.finger = self.add_leaf(from, bound);
+            self.leaves[self.finger].entries.push(entry);
+            return;
+        }
+        let middle = if at == LEAF { LEAF } else { LEAF / 2 };
+        let bound = leaf.entries.get(middle).map_or(entry.page(), |e| e.page());
+        leaf.to = bound;
+        let right = self.add_leaf(bound, to);
+        let [left, right_leaf] = match self.leaves.get_disjoint_mut([at_leaf, right]) {
+            Ok(both) => both,
+            Err(_) => return,
+        };
+        right_leaf
+            .entries
+            .extend_from_slice(&left.entries[middle..]);
+        left.entries.truncate(middle);
+        if entry.page() < bound {
+            left.entries.insert(at, entry);
+        } else {
+            right_leaf.entries.insert(at - middle, entry);
+            self.finger = right;
+        }
+    }
+
+    /// After a removal from a leaf that had `had` mappings: joins it with a neighbour when both
+    /// fit in one. Looked at once per eight mappings removed, since it costs a search.
+    fn settle(&mut self, at_leaf: usize, had: usize) {
+        let leaf = &self.leaves[at_leaf];
+        let (has, from, to) = (leaf.entries.len(), leaf.from, leaf.to);
+        if has > LEAF / 2 || (has > 0 && had / 8 == has / 8) {
+            return;
+        }
+        let fits = |other: usize| {
+            let both = has + self.leaves[other].entries.len();
+            both <= MERGED || has == 0
+        };
+        if let Some(left) = self.left_of(from).filter(|&l| fits(l)) {
+            self.join(left, at_leaf);
+        } else if let Some(right) = self.directory.get(&to).copied().filter(|&r| fits(r)) {
+            self.join(at_leaf, right);
+        }
+    }
+
+    fn join(&mut self, left: usize, right: usize) {
+        let gone = std::mem::take(&mut self.leaves[right]);
+        self.directory.remove(&gone.from);
+        self.spare.push(right);
+        let leaf = &mut self.leaves[left];
+        leaf.entries.extend_from_slice(&gone.entries);
+        leaf.to = gone.to;
+        self.finger = left;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGE: u64 = 1 << PAGE_SHIFT;
+
+    fn pages(first: u64, count: u64) -> Mapping {
+        Mapping {
+            iova: Iova(first * PAGE),
+            gpa: Gpa((first * 7 + 3) % (1 << 30) * PAGE),
+            length: count * PAGE,
+            access: Access {
+                read: first % 2 == 0,
+                write: first % 3 == 0,
+            },
+            mmio: first % 5 == 0,
+        }
+    }
+
+    /// What every operation must keep.
+    fn check(store: &Mappings) {
+        let all: Vec<_> = store.iter().collect();
+        assert_eq!(all.len(), store.len());
+        assert_eq!(all.iter().map(|m| m.length).sum::<u64>(), store.bytes());
+        for pair in all.windows(2) {
+            assert!(pair[0].iova.0 + pair[0].length <= pair[1].iova.0);
+        }
+        let mut from = 0;
+        for (&key, &at) in &store.directory {
+            let leaf = &store.leaves[at];
+            assert_eq!((key, key), (from, leaf.from));
+            assert!(leaf.entries.iter().all(|e| leaf.holds(e.page())));
+            assert!(!leaf.entries.is_empty() || store.directory.len() == 1);
+            assert!(leaf.entries.len() <= LEAF && leaf.entries.capacity() <= LEAF);
+            from = leaf.to;
+        }
+        assert!(store.directory.is_empty() || from == u64::MAX);
+        assert_eq!(
+            store.leaves.len(),
+            store.directory.len() + store.spare.len()
+        );
+    }
+
+    #[test]
+    fn a_mapping_with_its_key_is_16_bytes() {
+        assert_eq!(size_of::<Entry>(), 16);
+    }
+
+    #[test]
+    fn the_largest_values_of_all_fields_are_kept() {
+        let largest = Mapping {
+            iova: Iova((1 << 57) - (1 << 52)),
+            gpa: Gpa(0),
+            length: 1 << 52,
+            access: Access::READ_WRITE,
+            mmio: true,
+        };
+        let highest = Mapping {
+            iova: Iova((1 << 57) - PAGE),
+            gpa: Gpa((1 << 52) - PAGE),
+            length: PAGE,
+            access: Access::default(),
+            mmio: false,
+        };
+        for mapping in [largest, highest] {
+            let mut store = Mappings::default();
+            store.insert(&mapping).unwrap();
+            assert_eq!(store.iter().collect::<Vec<_>>(), [mapping]);
+            assert!(store.any_in(mapping.iova.0, u64::MAX));
+            store.remove(0, u64::MAX).unwrap();
+            check(&store);
+        }
+    }
+
+    #[test]
+    fn ascending_and_descending_mappings_fill_their_leaves() {
+        for descending in [false, true] {
+            let mut store = Mappings::default();
+            for n in 0..10_000 {
+                let page = if descending { 10_000 - n } else { n };
+                store.insert(&pages(page, 1)).unwrap();
+            }
+            check(&store);
+            assert!(store.directory.len() <= 10_000 / LEAF + 1);
+        }
+    }
+
+    #[test]
+    fn leaves_stay_filled_after_churn_and_nothing_is_left_after_removal() {
+        let mut store = Mappings::default();
+        let mut random = 1u64;
+        let mut next = || {
+            random = random
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            random >> 33
+        };
+        for _ in 0..200_000 {
+            let page = next() % 40_000;
+            if store.insert(&pages(page, 1)).is_err() {
+                store.remove(page * PAGE, page * PAGE + PAGE - 1).unwrap();
+            }
+        }
+        check(&store);
+        assert!(
+            store.directory.len() <= store.len() / (LEAF / 2),
+            "less than half full"
+        );
+        store.remove(0, u64::MAX).unwrap();
+        check(&store);
+        assert_eq!(
+            (store.len(), store.bytes(), store.directory.len()),
+            (0, 0, 1)
+        );
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Map(u64, u64),
+        Unmap(u64, u64),
+        UnmapOne(usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            6 => (0u64..3000, 1u64..4).prop_map(|(f, n)| Step::Map(f, n)),
+            1 => (0u64..3000, 1u64..300).prop_map(|(f, n)| Step::Map(f, n)),
+            2 => (0u64..3000 * PAGE, 0u64..200 * PAGE).prop_map(|(f, n)| Step::Unmap(f, f + n)),
+            1 => (0u64..3000, 0u64..3000)
+                .prop_map(|(f, n)| Step::Unmap(f * PAGE, (f + n) * PAGE + PAGE - 1)),
+            3 => any::<usize>().prop_map(Step::UnmapOne),
+        ];
+        prop::collection::vec(step, 0..800)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn the_store_behaves_as_a_plain_list(steps in steps()) {
+            let mut store = Mappings::default();
+            let mut model: BTreeMap<u64, Mapping> = BTreeMap::new();
+            let last = |m: &Mapping| m.iova.0 + m.length - 1;
+            for step in steps {
+                match step {
+                    Step::Map(page, count) => {
+                        let new = pages(page, count);
+                        let free = model.values().all(|m| last(m) < new.iova.0 || m.iova.0 > last(&new));
+                        prop_assert_eq!(store.any_in(new.iova.0, last(&new)), !free);
+                        prop_assert_eq!(store.insert(&new).is_ok(), free);
+                        if free {
+                            model.insert(page, new);
+                        }
+                    }
+                    Step::Unmap(from, to) => unmap(&mut store, &mut model, from, to)?,
+                    Step::UnmapOne(n) => {
+                        if let Some(m) = model.values().nth(n % model.len().max(1)).copied() {
+                            unmap(&mut store, &mut model, m.iova.0, last(&m))?;
+                        }
+                    }
+                }
+            }
+            check(&store);
+            prop_assert!(store.iter().eq(model.values().copied()));
+        }
+    }
+
+    fn unmap(
+        store: &mut Mappings,
+        model: &mut BTreeMap<u64, Mapping>,
+        from: u64,
+        to: u64,
+    ) -> Result<(), TestCaseError> {
+        let last = |m: &Mapping| m.iova.0 + m.length - 1;
+        let hit: Vec<_> = model
+            .iter()
+            .filter(|(_, m)| m.iova.0 <= to && last(m) >= from)
+            .map(|(&page, &m)| (page, m))
+            .collect();
+        let whole = hit.iter().all(|(_, m)| m.iova.0 >= from && last(m) <= to);
+        let expected = whole.then(|| Removed {
+            mappings: hit.len(),
+            bytes: hit.iter().map(|(_, m)| m.length).sum(),
+        });
+        prop_assert_eq!(store.remove(from, to).ok(), expected);
+        if whole {
+            for (page, _) in hit {
+                model.remove(&page);
+            }
+        }
+        Ok(())
+    }
+}
