@@ -412,10 +412,10 @@ mod tests {
             gpa: Gpa((first * 7 + 3) % (1 << 30) * PAGE),
             length: count * PAGE,
             access: Access {
-                read: first % 2 == 0,
-                write: first % 3 == 0,
+                read: first.is_multiple_of(2),
+                write: first.is_multiple_of(3),
             },
-            mmio: first % 5 == 0,
+            mmio: first.is_multiple_of(5),
         }
     }
 

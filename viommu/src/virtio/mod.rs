@@ -5,7 +5,10 @@ mod config;
 pub mod decode;
 mod device;
 pub mod domain;
+mod engine;
 mod fault;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod mappings;
 mod probe;
 mod reply;
@@ -14,3 +17,8 @@ pub use config::{AddError, Config, ConfigError};
 pub use device::{Counters, DomainSnapshot, EndpointSnapshot, Iommu, Snapshot};
 pub use fault::FaultCounters;
 pub use reply::{Chain, Reply};
+
+#[cfg(any(test, feature = "fuzzing"))]
+mod testing;
+#[cfg(test)]
+mod tests;
