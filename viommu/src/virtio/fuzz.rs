@@ -149,27 +149,32 @@ fn state(rig: &Rig) -> impl PartialEq + std::fmt::Debug + use<> {
 pub fn operations(data: &[u8]) {
     let rig = Rig::new();
     let mut model = Model::default();
-    let mut batch = Vec::new();
+    // Domains that live long enough to get mappings.
+    let mut batch: Vec<_> = [1, 2, 1, 2]
+        .iter()
+        .zip(ENDPOINTS)
+        .map(|(&domain, rid)| testing::attach(rid.0.into(), domain, 0))
+        .collect();
     let mut bytes = Bytes(data);
     while let Some(operation) = bytes.next() {
         let request = match operation {
-            0..110 => {
+            0..150 => {
                 let (first, last) = bytes.range();
                 let phys = bytes.take() * PAGE;
-                let flags = bytes.take() as u32 % 9;
+                let flags = (bytes.take() as u32 % 57) % 8 + 8 * u32::from(operation == 1);
                 let odd = u64::from(operation == 0);
                 testing::map(bytes.domain(), (first + odd, last), phys, flags)
             }
-            110..160 => {
+            150..208 => {
                 let (first, last) = bytes.range();
                 testing::unmap(bytes.domain(), first, last)
             }
-            160..200 => {
-                let flags = u32::from(operation < 166);
+            208..216 => {
+                let flags = u32::from(operation == 208);
                 testing::attach(bytes.endpoint(), bytes.domain(), flags)
             }
-            200..220 => testing::detach(bytes.endpoint(), bytes.domain()),
-            220..222 => testing::probe(bytes.endpoint()),
+            216..219 => testing::detach(bytes.endpoint(), bytes.domain()),
+            219..222 => testing::probe(bytes.endpoint()),
             other => {
                 run(&rig, &mut model, &mut batch);
                 change(&rig, &mut model, other, &mut bytes);
@@ -197,13 +202,13 @@ fn change(rig: &Rig, model: &mut Model, operation: u8, bytes: &mut Bytes<'_>) {
                 model.bypass = value == 1;
             }
         }
-        226..228 => {
+        226 => {
             rig.unit.reset();
             rig.unit.set_features(u64::MAX);
             model.domains.clear();
             model.departed.clear();
         }
-        228..236 => {
+        227..232 => {
             let rid = ENDPOINTS[bytes.take() as usize % 4];
             let id = u32::from(rid.0);
             if model.gone.contains(&id) {
@@ -221,7 +226,7 @@ fn change(rig: &Rig, model: &mut Model, operation: u8, bytes: &mut Bytes<'_>) {
                 }
             }
         }
-        236..246 => {
+        232..246 => {
             let (bits, backend) = (
                 bytes.take(),
                 if operation.is_multiple_of(3) {
@@ -497,10 +502,11 @@ impl Bytes<'_> {
         self.next().unwrap_or_default().into()
     }
 
-    /// Mostly 1 to 3, of the valid 1 to 5; sometimes out of range.
+    /// Mostly 1 and 2, of the valid 1 to 5; sometimes out of range.
     fn domain(&mut self) -> u32 {
         match self.take() {
-            n @ 0..240 => n as u32 % 3 + 1,
+            n @ 0..200 => n as u32 % 2 + 1,
+            n @ 200..240 => n as u32 % 3 + 1,
             n @ 240..250 => n as u32 - 240,
             _ => u32::MAX,
         }
@@ -519,10 +525,10 @@ impl Bytes<'_> {
         let page = match at {
             0..200 => at % 56,
             200..240 => 0xfedfc + at % 8,
-            240..250 => (1 << 36) - 4 + at % 8,
+            240..254 => (1 << 36) - 6 + at % 8,
             _ => return (at % 3 * PAGE, u64::MAX - at % 2),
         };
-        let pages = if more < 200 { more % 6 } else { more % 60 };
+        let pages = if more < 230 { more % 3 } else { more % 60 };
         let short = u64::from(more == 255);
         (page * PAGE, (page + pages) * PAGE + PAGE - 1 - short)
     }
