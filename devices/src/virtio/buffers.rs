@@ -24,6 +24,9 @@ pub enum TransferError {
     /// A buffer is not memory that the device can access.
     #[error("a buffer is not in memory the device can access")]
     Memory,
+    /// A packet is in more slices of memory than one call takes.
+    #[error("a packet is in more than 128 pieces of memory")]
+    Scattered,
     /// The file ended early.
     #[error("the file is shorter than it was")]
     Short,
@@ -54,16 +57,6 @@ pub fn trim_front(buffers: &mut Vec<Buffer>, bytes: u32) -> bool {
     }
     buffers.drain(..gone);
     left == 0
-}
-
-/// Keeps the first `most` bytes.
-pub fn truncate(buffers: &mut Vec<Buffer>, most: u32) {
-    let mut left = most;
-    for buffer in buffers.iter_mut() {
-        buffer.length = buffer.length.min(left);
-        left -= buffer.length;
-    }
-    buffers.retain(|buffer| buffer.length > 0);
 }
 
 /// Takes the last byte off and returns where it is.
@@ -140,34 +133,49 @@ pub fn write_at<M: GuestMemory>(
     })
 }
 
-/// Reads once from `file` (a packet, or what a stream has) into `buffers`. Buffers beyond what
-/// one call takes are left alone. The number of bytes.
+/// Reads once from `file` into `buffers`: what a stream has, no more than `most` bytes and than
+/// one call takes. The number of bytes.
 ///
 /// # Errors
 /// See [`TransferError`].
 pub fn read_once<M: GuestMemory>(
     memory: &M,
     buffers: &[Buffer],
+    most: u32,
     file: BorrowedFd<'_>,
 ) -> Result<usize, TransferError> {
-    once(memory, buffers, Permissions::Write, |batch| {
-        batch.readv(file)
-    })
+    let (batch, _) = first_batch(memory, buffers, most, Permissions::Write)?;
+    again(|| batch.readv(file))
 }
 
-/// Writes `buffers` to `file` once, as one packet or as much as a stream takes. The number of
-/// bytes.
+/// Writes `buffers` to `file` once: as much as a stream takes, no more than `most` bytes and than
+/// one call takes. The number of bytes.
 ///
 /// # Errors
 /// See [`TransferError`].
 pub fn write_once<M: GuestMemory>(
     memory: &M,
     buffers: &[Buffer],
+    most: u32,
     file: BorrowedFd<'_>,
 ) -> Result<usize, TransferError> {
-    once(memory, buffers, Permissions::Read, |batch| {
-        batch.writev(file)
-    })
+    let (batch, _) = first_batch(memory, buffers, most, Permissions::Read)?;
+    again(|| batch.writev(file))
+}
+
+/// Writes all of `buffers` to `file` as one packet. The number of bytes.
+///
+/// # Errors
+/// See [`TransferError`].
+pub fn write_packet<M: GuestMemory>(
+    memory: &M,
+    buffers: &[Buffer],
+    file: BorrowedFd<'_>,
+) -> Result<usize, TransferError> {
+    match first_batch(memory, buffers, u32::MAX, Permissions::Read)? {
+        (batch, true) => again(|| batch.writev(file)),
+        (_, false) => Err(TransferError::Scattered),
+    }
 }
 
 /// A few slices of guest memory as the kernel takes them, valid as long as the borrow of the
@@ -326,20 +334,37 @@ fn each_batch<'m, M: GuestMemory>(
     flush(&mut batch)
 }
 
-fn once<'m, M: GuestMemory>(
+/// As much of `buffers` as one call takes, up to `most` bytes, and whether that is all of it.
+fn first_batch<'m, M: GuestMemory>(
     memory: &'m M,
     buffers: &'m [Buffer],
+    most: u32,
     access: Permissions,
-    call: impl Fn(&Batch<'m>) -> io::Result<usize>,
-) -> Result<usize, TransferError> {
+) -> Result<(Batch<'m>, bool), TransferError> {
     let mut batch = Batch::new();
+    let mut left = most as usize;
     for slice in slices(memory, buffers, access) {
-        if !batch.push(&slice?) {
-            break;
+        let slice = slice?;
+        if slice.is_empty() {
+            continue;
+        }
+        let part = slice
+            .subslice(0, slice.len().min(left))
+            .map_err(|_| TransferError::Memory)?;
+        if part.is_empty() || !batch.push(&part) {
+            return Ok((batch, false));
+        }
+        left -= part.len();
+        if part.len() < slice.len() {
+            return Ok((batch, false));
         }
     }
+    Ok((batch, true))
+}
+
+fn again(call: impl Fn() -> io::Result<usize>) -> Result<usize, TransferError> {
     loop {
-        match call(&batch) {
+        match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => return Ok(other?),
         }

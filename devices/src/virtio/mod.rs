@@ -7,13 +7,19 @@
 
 pub mod block;
 pub mod buffers;
+pub mod console;
 pub mod device;
+pub mod net;
 pub mod ring;
 pub mod rng;
+pub mod tap;
 pub mod transport;
 pub mod worker;
 
 pub use block::{Block, BlockConfig, BlockError};
+pub use console::{Console, ConsoleBackend, ConsoleConfig, ConsoleError};
 pub use device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
+pub use net::{Net, NetConfig};
 pub use rng::{Rng, RngError};
+pub use tap::{TapError, TapSource};
 pub use transport::{VirtioPci, VirtioPciError};

@@ -110,6 +110,8 @@ pub struct RingConfig {
 pub struct Ring {
     queue: Queue,
     indirect: bool,
+    /// The used index when the driver's wish for an interrupt was last looked at.
+    told: u16,
 }
 
 impl Ring {
@@ -144,7 +146,11 @@ impl Ring {
         queue.try_set_used_ring_address(at(config.used)).ok()?;
         queue.set_event_idx(event_index);
         queue.set_ready(true);
-        Some(Self { queue, indirect })
+        Some(Self {
+            queue,
+            indirect,
+            told: 0,
+        })
     }
 
     /// Number of descriptors.
@@ -273,22 +279,61 @@ impl Ring {
             .map_err(|_| Broken::Ring)
     }
 
+    /// Returns several chains that belong together (a frame in merged buffers): the driver sees
+    /// all of them at once or none (5.1.6.4.1).
+    ///
+    /// # Errors
+    /// [`Broken::Ring`].
+    pub fn push_all<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        used: &[(u16, u32)],
+    ) -> Result<(), Broken> {
+        let Some((&(head, written), before)) = used.split_last() else {
+            return Ok(());
+        };
+        // The last one publishes the used index; the others are written behind its back.
+        for &(head, written) in before {
+            let next = self.queue.next_used();
+            let slot = u64::from(next % self.queue.size());
+            let element = u64::from(written) << 32 | u64::from(head);
+            memory
+                .write_obj(
+                    element.to_le(),
+                    GuestAddress(self.queue.used_ring() + 4 + 8 * slot),
+                )
+                .map_err(|_| Broken::Ring)?;
+            self.queue.set_next_used(next.wrapping_add(1));
+        }
+        self.push(memory, head, written)
+    }
+
     /// Whether the driver wants an interrupt for what was pushed since the last call.
     ///
     /// # Errors
     /// [`Broken::Ring`].
     pub fn wants_interrupt<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, Broken> {
-        if !self.queue.event_idx_enabled() {
-            // The used index must be visible before the flags are read (2.7.7.2).
-            fence(Ordering::SeqCst);
-            let flags: u16 = memory
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-                .map_err(|_| Broken::Ring)?;
-            return Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        // The used index must be visible before the driver's wish is read (2.7.7.2).
+        fence(Ordering::SeqCst);
+        let wish = |offset: u64| {
+            memory
+                .load(
+                    GuestAddress(self.queue.avail_ring() + offset),
+                    Ordering::Relaxed,
+                )
+                .map(u16::from_le)
+                .map_err(|_| Broken::Ring)
+        };
+        let (new, old) = (self.queue.next_used(), self.told);
+        self.told = new;
+        if self.queue.event_idx_enabled() {
+            // Whether used_event lies in what was used since the last call.
+            let event = wish(4 + 2 * u64::from(self.queue.size()))?;
+            Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+        } else {
+            let flags = u32::from(wish(0)?);
+            Ok(new != old && flags & VRING_AVAIL_F_NO_INTERRUPT == 0)
         }
-        self.queue
-            .needs_notification(memory)
-            .map_err(|_| Broken::Ring)
     }
 
     /// Asks the driver for notifications. `true`: buffers came in meanwhile, for which there may

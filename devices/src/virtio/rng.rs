@@ -154,14 +154,14 @@ impl Service {
             }
             self.ring.disable_kicks(&access)?;
             // A device may give less than was asked for (5.4.6.1), so one request is bounded.
-            buffers::truncate(&mut chain.writable, MOST);
-            let got = match buffers::read_once(&access, &chain.writable, self.source.as_fd()) {
+            let got = match buffers::read_once(&access, &chain.writable, MOST, self.source.as_fd())
+            {
                 Ok(got) => got as u32,
-                Err(TransferError::Memory | TransferError::Short) => 0,
                 Err(TransferError::Host(error)) => {
                     log::debug!("no entropy: {error}");
                     0
                 }
+                Err(_) => 0,
             };
             self.ring.push(&access, chain.head(), got)?;
             if self.ring.wants_interrupt(&access)? {

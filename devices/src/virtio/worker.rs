@@ -135,16 +135,6 @@ impl Waiter {
         self.control(ControlOperation::Add, source, token, events)
     }
 
-    /// Changes what is waited for.
-    pub(super) fn modify(
-        &self,
-        source: &impl AsRawFd,
-        token: u64,
-        events: EventSet,
-    ) -> io::Result<()> {
-        self.control(ControlOperation::Modify, source, token, events)
-    }
-
     /// Waits for `source` no more.
     pub(super) fn remove(&self, source: &impl AsRawFd) -> io::Result<()> {
         self.control(ControlOperation::Delete, source, 0, EventSet::empty())
