@@ -191,18 +191,20 @@ fn no_kvm(lab: &Lab) -> Result<()> {
 
 /// Runs nestling and checks that it refuses well.
 fn refused(lab: &Lab, case: &Bad, change: impl FnOnce(&mut Command)) -> Result<()> {
-    let api = lab.file("api.sock");
-    let serial = lab.file("serial.log");
+    let socket = lab.file("refused.sock");
+    let serial = lab.file("refused.log");
     let mut command = Command::new(lab.nestling());
     command.arg("run").args(&case.arguments);
     let has = |option: &str| case.arguments.iter().any(|a| a == option);
     if !has("--config") {
         command
-            .arg("--api-socket")
-            .arg(format!("path={}", api.display()));
-        command
             .arg("--serial")
             .arg(format!("file={}", serial.display()));
+    }
+    if !has("--config") && !has("--console") {
+        command
+            .arg("--console")
+            .arg(format!("socket={}", socket.display()));
     }
     change(&mut command);
     let mut child = command
@@ -235,7 +237,7 @@ fn refused(lab: &Lab, case: &Bad, change: impl FnOnce(&mut Command)) -> Result<(
         ensure!(said.contains(part.as_str()), "does not name {part}: {said}");
     }
     ensure!(!said.contains("panicked"), "{said}");
-    for made in [&api, &serial] {
+    for made in [&socket, &serial] {
         ensure!(
             !exists(made),
             "{} was made and left: {said}",

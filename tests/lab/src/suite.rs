@@ -45,7 +45,10 @@ pub fn lints(root: &Path, tally: &mut Tally) {
                 "--locked",
                 "--document-private-items",
             ],
-            &[("RUSTDOCFLAGS", "-D warnings")],
+            &[(
+                "RUSTDOCFLAGS",
+                "-D warnings -A rustdoc::private_intra_doc_links",
+            )],
         )
     });
     tally.check("dependencies", || dependencies::check(root));
