@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 mod function;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod registers;
 mod requests;
 mod worker;

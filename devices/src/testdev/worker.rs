@@ -322,6 +322,12 @@ impl Channels {
         }
     }
 
+    /// Does one step on this thread, for the fuzz harness, which has no worker.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn step(&self, upstream: &dyn Upstream, buffer: &mut [u8; PIECE]) -> bool {
+        self.turn(self.board(), upstream, buffer).1
+    }
+
     /// Does one step, if there is one; `false` when nothing was done, with the lock never let go.
     fn turn<'b>(
         &'b self,

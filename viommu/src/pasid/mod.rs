@@ -14,6 +14,8 @@
 //! finds virtual commands that cannot work.
 
 mod file;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod host;
 mod locks;
 

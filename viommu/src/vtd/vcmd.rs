@@ -104,6 +104,7 @@ impl VirtualCommands {
 
     /// A command is done: VCRSP says how. Returns the PASID that must go back to the allocator:
     /// one that was allocated for a guest that reset the unit meanwhile and will never know of it.
+    /// Freeing it may fail, where the reset freed everything already.
     #[must_use = "a PASID that nobody knows of must be freed"]
     pub fn complete(&mut self, completion: Completion) -> Option<Pasid> {
         if self.running == Some(completion.number) {
