@@ -19,7 +19,14 @@ use libfuzzer_sys::fuzz_target;
 type Target = (&'static str, fn(&[u8]));
 
 /// Every target, by `crate-part` name.
-const TARGETS: &[Target] = &[];
+const TARGETS: &[Target] = &[
+    ("devices-dma-engine", devices::testdev::fuzz::dma_engine),
+    ("viommu-page-requests", viommu::pasid::fuzz::page_requests),
+    (
+        "viommu-virtual-commands",
+        viommu::pasid::fuzz::virtual_commands,
+    ),
+];
 
 /// What `NESTLING_FUZZ` names.
 fn chosen() -> fn(&[u8]) {
