@@ -117,6 +117,8 @@ options! {
         pub file: Option<PathBuf>;
         /// The Unix socket that is created; it must not exist. Implies the mode.
         pub socket: Option<PathBuf>;
+        /// Make it a named port (in the guest /sys/class/virtio-ports) instead of a console.
+        pub port: Option<String>;
     }
 }
 

@@ -12,8 +12,8 @@ const HYPERVISOR: u32 = 0x4000_0000;
 /// KVM's paravirtual features.
 const KVM_FEATURES: u32 = 0x4000_0001;
 
-/// Bits of a guest-physical address: CPUID 0x80000008 EAX[7:0], or what KVM says it can map where
-/// that is less (EAX[23:16], since Linux 6.9).
+/// Bits of a guest-physical address: CPUID 0x80000008 EAX bits 7:0, or what KVM says it can map where
+/// that is less (EAX bits 23:16, since Linux 6.9).
 pub fn address_width(supported: &[kvm_cpuid_entry2]) -> u8 {
     let eax = supported
         .iter()

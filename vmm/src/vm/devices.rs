@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -14,15 +14,16 @@ use devices::legacy::{AcpiPower, DebugExit, I8042, Ioapic, PowerEvents, SerialPo
 use devices::pci::root::RootError;
 use devices::pci::{ConfigPorts, Ecam, PciRoot, Placement, RootConfig};
 use devices::virtio::{
-    Block, BlockConfig, BlockError, Rng, RngError, VirtioDevice, VirtioPci, VirtioPciError,
+    Block, BlockConfig, BlockError, Console, ConsoleError, Net, NetConfig, Rng, RngError, TapError,
+    TapSource, VirtioDevice, VirtioPci, VirtioPciError,
 };
 use viommu::dma::DmaPort;
 use viommu::{GuestRam, Rid};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::buses::Buses;
 use super::event_loop::Input;
-use crate::config::{SerialMode, Validated};
+use super::terminal_io::{self, PipeInput, SerialInput};
+use crate::config::{Mac, SerialMode, Validated};
 use crate::interrupts::Interrupts;
 use crate::kvm::vcpu::{EventLine, GuestEvent};
 use crate::memory::layout::{IOAPIC, Layout};
@@ -40,6 +41,12 @@ pub enum DeviceError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] BlockError),
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] TapError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
     /// The entropy source.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -79,12 +86,9 @@ pub(super) struct Devices {
     serial: Arc<SerialPort>,
     power_button: Arc<dyn IrqLine>,
     ecam: u64,
-    typed_into: Option<TypedInto>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum TypedInto {
-    Serial,
+    /// What is typed goes here, if not to the serial port.
+    console_input: Option<OwnedFd>,
+    serial_has_terminal: bool,
 }
 
 impl Devices {
@@ -128,13 +132,14 @@ impl Devices {
             pio.clone(),
             interrupts.clone(),
         );
-        let devices = Self {
+        let mut devices = Self {
             power_button: ioapic.line(POWER_BUTTON_PIN),
             buses: Buses { mmio, pio, ioapic },
             root: root.clone(),
             serial,
             ecam: layout.ecam.first,
-            typed_into: (config.serial.mode == SerialMode::Tty).then_some(TypedInto::Serial),
+            console_input: None,
+            serial_has_terminal: config.serial.mode == SerialMode::Tty,
         };
         let (mmio, pio) = (&devices.buses.mmio, &devices.buses.pio);
         mmio.insert(
@@ -152,12 +157,13 @@ impl Devices {
     }
 
     fn add_virtio(
-        &self,
+        &mut self,
         config: &Validated,
         ram: &GuestRam,
         interrupts: &Arc<Interrupts>,
     ) -> Result<(), DeviceError> {
-        let add = |device| self.add_function(device, ram, interrupts).map(drop);
+        let root = self.root.clone();
+        let add = |device| add_function(&root, device, ram, interrupts).map(drop);
         for (n, disk) in config.disks.iter().enumerate() {
             let serial = disk.id.clone().unwrap_or_else(|| format!("disk{n}"));
             add(Block::open(&BlockConfig {
@@ -166,19 +172,24 @@ impl Devices {
                 serial,
             })?)?;
         }
-        add(Rng::open(&config.rng.src)?)
-    }
-
-    fn add_function(
-        &self,
-        device: Arc<dyn VirtioDevice>,
-        ram: &GuestRam,
-        interrupts: &Arc<Interrupts>,
-    ) -> Result<Rid, DeviceError> {
-        let slot = self.root.reserve(Placement::Any)?;
-        let msi = interrupts.source(slot.rid(), None);
-        let function = VirtioPci::new(device, DmaPort::direct(ram.clone()), &*msi)?;
-        Ok(slot.fill(function)?)
+        for (n, net) in config.net.iter().enumerate() {
+            let Mac(mac) = net.mac.unwrap_or_else(|| default_mac(n));
+            add(Net::open(NetConfig {
+                tap: TapSource::Name(net.tap.clone()),
+                mac,
+            })?)?;
+        }
+        add(Rng::open(&config.rng.src)?)?;
+        let console =
+            terminal_io::console(&config.console).map_err(|source| DeviceError::Host {
+                what: "a descriptor for the console",
+                source,
+            })?;
+        if let Some((console, input)) = console {
+            self.console_input = input;
+            add(Console::open(console)?)?;
+        }
+        Ok(())
     }
 
     /// Where vCPUs' exits go.
@@ -187,9 +198,12 @@ impl Devices {
     }
 
     /// The device that has the terminal.
-    pub(super) fn typed_into(&self) -> Option<Box<dyn Input>> {
-        self.typed_into
-            .map(|TypedInto::Serial| Box::new(SerialInput(self.serial.clone())) as Box<dyn Input>)
+    pub(super) fn typed_into(&mut self) -> Option<Box<dyn Input>> {
+        match self.console_input.take() {
+            Some(pipe) => Some(Box::new(PipeInput::new(pipe))),
+            None if self.serial_has_terminal => Some(Box::new(SerialInput(self.serial.clone()))),
+            None => None,
+        }
     }
 
     /// The power button.
@@ -210,17 +224,33 @@ impl Drop for Devices {
     }
 }
 
+fn add_function(
+    root: &Arc<PciRoot>,
+    device: Arc<dyn VirtioDevice>,
+    ram: &GuestRam,
+    interrupts: &Arc<Interrupts>,
+) -> Result<Rid, DeviceError> {
+    let slot = root.reserve(Placement::Any)?;
+    let msi = interrupts.source(slot.rid(), None);
+    let function = VirtioPci::new(device, DmaPort::direct(ram.clone()), &*msi)?;
+    Ok(slot.fill(function)?)
+}
+
+/// A locally administered address for the card at this position.
+fn default_mac(position: usize) -> Mac {
+    Mac([0x02, b'n', b'e', b's', b't', position as u8])
+}
+
 fn serial_output(config: &Validated) -> Result<Box<dyn Write + Send>, DeviceError> {
     match (config.serial.mode, &config.serial.file) {
-        (SerialMode::Tty, _) => {
+        (SerialMode::Tty, _) => match terminal_io::stdout() {
             // Not through Rust's buffer: the guest's prompt has no newline.
-            let stdout = io::stdout().as_fd().try_clone_to_owned();
-            let stdout = stdout.map_err(|source| DeviceError::Host {
+            Ok(stdout) => Ok(Box::new(File::from(stdout))),
+            Err(source) => Err(DeviceError::Host {
                 what: "a descriptor of standard output",
                 source,
-            })?;
-            Ok(Box::new(File::from(stdout)))
-        }
+            }),
+        },
         (SerialMode::File, Some(path)) => match File::create(path) {
             Ok(file) => Ok(Box::new(file)),
             Err(source) => Err(DeviceError::Output {
@@ -230,18 +260,6 @@ fn serial_output(config: &Validated) -> Result<Box<dyn Write + Send>, DeviceErro
             }),
         },
         (SerialMode::Null | SerialMode::File, _) => Ok(Box::new(io::sink())),
-    }
-}
-
-struct SerialInput(Arc<SerialPort>);
-
-impl Input for SerialInput {
-    fn receive(&self, bytes: &[u8]) -> usize {
-        self.0.receive(bytes)
-    }
-
-    fn room_event(&self) -> &EventFd {
-        self.0.room_event()
     }
 }
 

@@ -3,13 +3,12 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::vcpu::{EventLine, GuestEvent};
 use crate::terminal::Escape;
@@ -28,8 +27,11 @@ pub(super) trait Input {
     /// Takes bytes from the front; the number taken.
     fn receive(&self, bytes: &[u8]) -> usize;
 
-    /// Signalled when more can be taken after less than all was.
-    fn room_event(&self) -> &EventFd;
+    /// What becomes ready when more can be taken after less than all was.
+    fn room(&self) -> (RawFd, EventSet);
+
+    /// Called when it is.
+    fn has_room(&self) {}
 }
 
 /// What to do on SIGUSR1 and SIGPWR.
@@ -201,6 +203,11 @@ impl Keyboard {
         Events::with_data(&io::stdin(), Self::STDIN, EventSet::IN)
     }
 
+    fn room(&self) -> Events {
+        let (fd, set) = self.target.room();
+        Events::with_data_raw(fd, Self::ROOM, set)
+    }
+
     /// Gives what is waiting; whether all of it was taken.
     fn give(&mut self) -> bool {
         let taken = self.target.receive(&self.waiting);
@@ -228,6 +235,7 @@ impl Keyboard {
                 }
                 if !self.give() {
                     let _ = ops.remove(Self::stdin());
+                    add(ops, self.room(), "the console's room");
                 }
             }
             Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
@@ -241,8 +249,6 @@ impl Keyboard {
 
 impl MutEventSubscriber for Keyboard {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let room = Events::with_data(self.target.room_event(), Self::ROOM, EventSet::IN);
-        add(ops, room, "the console's room");
         if let Err(why) = ops.add(Self::stdin()) {
             // A regular file: there is nothing to wait for.
             log::debug!("standard input is not read: {why}");
@@ -253,8 +259,9 @@ impl MutEventSubscriber for Keyboard {
         if events.data() == Self::STDIN {
             return self.typed(ops);
         }
-        let _ = self.target.room_event().read();
-        if !self.waiting.is_empty() && self.give() {
+        self.target.has_room();
+        if self.give() {
+            let _ = ops.remove(self.room());
             add(ops, Self::stdin(), "standard input");
         }
     }

@@ -7,6 +7,7 @@
 mod buses;
 mod devices;
 mod event_loop;
+mod terminal_io;
 
 use std::io;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use self::devices::Devices;
 use self::event_loop::{OnSignal, Signals, Wake};
 use crate::acpi::{self, Platform};
 use crate::boot::{self, ACPI_AREA, BootError};
-use crate::config::{OnReboot, SerialMode, Validated};
+use crate::config::{OnReboot, Validated};
 use crate::interrupts::Interrupts;
 use crate::kvm::vcpu::{EventLine, Exits, GuestEvent, VcpuThreads};
 use crate::kvm::{self, Host, KvmError, cpuid, registers};
@@ -77,7 +78,7 @@ pub fn run(config: &Validated) -> Result<Outcome, VmError> {
     loop {
         let vm = Vm::build(config, &kvm)?;
         let wake;
-        (wake, signals) = vm.run(config, signals)?;
+        (wake, signals) = vm.run(signals)?;
         match wake {
             Wake::Guest(GuestEvent::Reset) if config.platform.on_reboot == OnReboot::Restart => {
                 log::info!("the guest reboots");
@@ -135,10 +136,11 @@ impl Vm {
         })
     }
 
-    fn run(mut self, config: &Validated, signals: Signals) -> Result<(Wake, Signals), VmError> {
-        let _raw = match config.serial.mode {
-            SerialMode::Tty => RawMode::enter().map_err(host("the terminal in raw mode"))?,
-            _ => None,
+    fn run(mut self, signals: Signals) -> Result<(Wake, Signals), VmError> {
+        let typed_into = self.devices.typed_into();
+        let _raw = match typed_into {
+            Some(_) => RawMode::enter().map_err(host("the terminal in raw mode"))?,
+            None => None,
         };
         let exits: Arc<dyn Exits> = Arc::new(self.devices.buses().clone());
         let vcpus = std::mem::take(&mut self.vcpus);
@@ -152,7 +154,6 @@ impl Vm {
                 button.set(false);
             }),
         };
-        let typed_into = self.devices.typed_into();
         let ended = event_loop::run(self.events.clone(), signals, on_signal, typed_into);
         threads.stop();
         ended.map_err(host("the event loop"))
