@@ -22,6 +22,8 @@ use crate::{DomainId, Iova, Rid, Target};
 
 /// Mappings that go to a back end in one call.
 const BATCH: usize = 256;
+/// Between UNMAPs that may become one call, in bytes.
+const GAP: u64 = 1 << 20;
 
 pub(super) struct Engine {
     pub(super) config: Config,
@@ -342,21 +344,25 @@ impl Engine {
     }
 
     /// The addresses of the pending UNMAPs and of `request`, when no mapping is left in or
-    /// between them. Then one call to a back end does for both.
+    /// between them. Then one call to a back end does for both. Nobody looks into a wide gap,
+    /// since something is likely to be there.
     fn joined(&self, request: &Unmap) -> Option<(u64, u64)> {
-        match self.pending {
-            Pending::Unmaps {
-                domain,
-                first,
-                last,
-            } if domain == request.domain => {
-                let first = first.min(request.virt_start);
-                let last = last.max(request.virt_end);
-                let left = self.state.domain(domain)?.mappings.any_in(first, last);
-                (!left).then_some((first, last))
-            }
-            _ => None,
+        let Pending::Unmaps {
+            domain,
+            first,
+            last,
+        } = self.pending
+        else {
+            return None;
+        };
+        let (start, end) = (request.virt_start, request.virt_end);
+        let gap = start.saturating_sub(last).max(first.saturating_sub(end));
+        if domain != request.domain || gap > GAP {
+            return None;
         }
+        let both = (first.min(start), last.max(end));
+        let mappings = &self.state.domain(domain)?.mappings;
+        (gap <= 1 || !mappings.any_in(both.0, both.1)).then_some(both)
     }
 
     /// Tells the back ends what is pending, and corrects the replies by what they say.

@@ -24,6 +24,9 @@ const LEAF: usize = 64;
 /// Neighbouring leaves become one when that has room for some more mappings.
 const MERGED: usize = LEAF - 8;
 
+/// Leaves whose room is kept for the next.
+const ROOMS: usize = 4;
+
 const LENGTH_LOW: u32 = 21;
 const LENGTH_HIGH: u32 = 19;
 const READ: u64 = 1;
@@ -139,8 +142,11 @@ pub struct Removed {
 pub struct Mappings {
     directory: BTreeMap<u64, usize>,
     leaves: Vec<Leaf>,
-    /// Leaves not in use; their entries are freed.
+    /// Leaves not in use; their room is freed or in `rooms`.
     spare: Vec<usize>,
+    /// Room for the entries of a few leaves, so that work at a bound between two leaves does not
+    /// allocate each time.
+    rooms: Vec<Vec<Entry>>,
     /// The leaf that was used last.
     finger: usize,
     len: usize,
@@ -185,7 +191,8 @@ impl Mappings {
         debug_assert!((mapping.gpa.0 + mapping.length - 1) >> GPA_BITS == 0);
         let entry = Entry::new(mapping);
         if self.leaves.is_empty() {
-            self.add_leaf(0, u64::MAX);
+            let first = self.add_leaf(0, u64::MAX);
+            self.directory.insert(0, first);
         }
         let at_leaf = self.seek(entry.page());
         let leaf = &self.leaves[at_leaf];
@@ -235,15 +242,25 @@ impl Mappings {
         if previous.is_some_and(|e| e.last() >= first) {
             return Err(Split);
         }
-        let end = match leaf.entries.get(at) {
-            // The common case: exactly one mapping, as it was made.
-            Some(e) if e.first() == first && e.last() == last => e.page(),
-            _ => match self.last_at(last) {
-                Some(e) if e.first() < first => return Ok(removed),
-                Some(e) if e.last() > last => return Err(Split),
-                Some(e) => e.page(),
-                None => return Ok(removed),
-            },
+        // The common case: exactly one mapping, as it was made.
+        if let Some(&entry) = leaf.entries.get(at)
+            && (entry.first(), entry.last()) == (first, last)
+        {
+            let had = leaf.entries.len();
+            self.leaves[at_leaf].entries.remove(at);
+            self.settle(at_leaf, had);
+            self.len -= 1;
+            self.bytes -= entry.length();
+            return Ok(Removed {
+                mappings: 1,
+                bytes: entry.length(),
+            });
+        }
+        let end = match self.last_at(last) {
+            Some(e) if e.first() < first => return Ok(removed),
+            Some(e) if e.last() > last => return Err(Split),
+            Some(e) => e.page(),
+            None => return Ok(removed),
         };
         loop {
             let at_leaf = self.seek(from);
@@ -315,11 +332,13 @@ impl Mappings {
             .map(|(_, &leaf)| leaf)
     }
 
+    /// A new leaf, which is still to be put into the directory.
     fn add_leaf(&mut self, from: u64, to: u64) -> usize {
+        let room = self.rooms.pop();
         let leaf = Leaf {
             from,
             to,
-            entries: Vec::with_capacity(LEAF),
+            entries: room.unwrap_or_else(|| Vec::with_capacity(LEAF)),
         };
         let at = match self.spare.pop() {
             Some(at) => {
@@ -331,12 +350,12 @@ impl Mappings {
                 self.leaves.len() - 1
             }
         };
-        self.directory.insert(from, at);
         at
     }
 
-    /// Splits a full leaf. At its ends a new leaf is begun, so that ascending and descending
-    /// mappings leave full leaves behind; elsewhere both get half.
+    /// Makes room in a full leaf and inserts. At its ends a new leaf is begun, so that ascending
+    /// and descending mappings leave full leaves behind; elsewhere the next leaf takes some, or a
+    /// new one half.
     fn insert_into_full(&mut self, at_leaf: usize, at: usize, entry: Entry) {
         let leaf = &mut self.leaves[at_leaf];
         let (from, to) = (leaf.from, leaf.to);
@@ -345,27 +364,43 @@ impl Mappings {
             leaf.from = bound;
             self.directory.insert(bound, at_leaf);
             self.finger = self.add_leaf(from, bound);
+            self.directory.insert(from, self.finger);
             self.leaves[self.finger].entries.push(entry);
             return;
         }
-        let middle = if at == LEAF { LEAF } else { LEAF / 2 };
-        let bound = leaf.entries.get(middle).map_or(entry.page(), |e| e.page());
-        leaf.to = bound;
-        let right = self.add_leaf(bound, to);
-        let [left, right_leaf] = match self.leaves.get_disjoint_mut([at_leaf, right]) {
-            Ok(both) => both,
-            Err(_) => return,
+        if at == LEAF {
+            leaf.to = entry.page();
+            self.finger = self.add_leaf(entry.page(), to);
+            self.directory.insert(entry.page(), self.finger);
+            self.leaves[self.finger].entries.push(entry);
+            return;
+        }
+        let next = self.directory.get(&to).copied();
+        let roomy = |&next: &usize| self.leaves[next].entries.len() <= LEAF * 3 / 4;
+        let right = match next.filter(roomy) {
+            Some(next) => {
+                self.directory.remove(&to);
+                next
+            }
+            None => self.add_leaf(to, to),
         };
+        let Ok([left, right_leaf]) = self.leaves.get_disjoint_mut([at_leaf, right]) else {
+            return;
+        };
+        let both = left.entries.len() + right_leaf.entries.len();
+        let bound = left.entries[both / 2].page();
         right_leaf
             .entries
-            .extend_from_slice(&left.entries[middle..]);
-        left.entries.truncate(middle);
+            .splice(..0, left.entries.drain(both / 2..));
+        left.to = bound;
+        right_leaf.from = bound;
         if entry.page() < bound {
             left.entries.insert(at, entry);
         } else {
-            right_leaf.entries.insert(at - middle, entry);
+            right_leaf.entries.insert(at - left.entries.len(), entry);
             self.finger = right;
         }
+        self.directory.insert(bound, right);
     }
 
     /// After a removal from a leaf that had `had` mappings: joins it with a neighbour when both
@@ -388,13 +423,25 @@ impl Mappings {
     }
 
     fn join(&mut self, left: usize, right: usize) {
-        let gone = std::mem::take(&mut self.leaves[right]);
+        let mut gone = std::mem::take(&mut self.leaves[right]);
         self.directory.remove(&gone.from);
         self.spare.push(right);
         let leaf = &mut self.leaves[left];
         leaf.entries.extend_from_slice(&gone.entries);
         leaf.to = gone.to;
         self.finger = left;
+        if self.rooms.len() < ROOMS {
+            gone.entries.clear();
+            self.rooms.push(gone.entries);
+        }
+        if self.directory.len() == 1 && self.leaves.len() > LEAF {
+            // After many mappings, nothing is kept of them.
+            let only = std::mem::take(&mut self.leaves[left]);
+            self.directory.insert(only.from, 0);
+            self.leaves = vec![only];
+            self.spare = Vec::new();
+            self.finger = 0;
+        }
     }
 }
 
