@@ -26,7 +26,8 @@ pub const TESTS: &[Test] = &[
     Test::new(
         "an_elf_kernel_is_entered_by_pvh_and_chooses_its_status",
         elf,
-    ),
+    )
+    .tiny(),
 ];
 
 fn guest() -> Guest {

@@ -194,8 +194,11 @@ impl Lab {
                 "on this machine's own KVM"
             }
         );
-        let direct = (!self.emulate).then(|| self.lab.join("bin/guest-test"));
-        Ok((Place::new(direct, self.hosts(supplies)), tests))
+        let program = self.lab.join("bin/guest-test");
+        Ok((
+            Place::new(program, !self.emulate, self.hosts(supplies)),
+            tests,
+        ))
     }
 
     fn hosts(&self, supplies: Supplies) -> Option<Hosts> {

@@ -23,14 +23,18 @@ pub struct Test {
     pub limit: u64,
     /// Only run when named: a soak, a benchmark, a look around.
     pub on_request: bool,
+    /// Its guests run on any /dev/kvm.
+    pub tiny: bool,
 }
 
 /// The place where guest tests run.
 #[derive(Debug)]
 pub struct Place {
-    /// The test program, where this machine runs tests itself. It has only its own hardware:
-    /// what needs a profile of emulated devices runs in the lab's host all the same.
-    direct: Option<PathBuf>,
+    /// The test program, to be run on this machine.
+    program: PathBuf,
+    /// Whether this machine runs guests itself. It has only its own hardware: what needs a
+    /// profile of emulated devices runs in the lab's host all the same.
+    direct: bool,
     /// How to boot the lab's hosts, where one may be needed.
     hosts: Option<Hosts>,
     /// The host that runs, and its profile.
@@ -44,21 +48,26 @@ pub fn has_kvm() -> bool {
     let hardware = flags.lines().any(|line| {
         line.starts_with("flags") && line.split_whitespace().any(|f| f == "vmx" || f == "svm")
     });
-    hardware
-        && OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .is_ok()
+    hardware && opens_kvm()
+}
+
+/// Whether /dev/kvm is there for this user. Without vmx or svm it runs tiny guests only.
+pub fn opens_kvm() -> bool {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
 }
 
 /// The profile that every host has, this machine too.
 pub const PLAIN: &str = "plain";
 
 impl Place {
-    /// Tests run by the program `direct` on this machine, or on `hosts`.
-    pub fn new(direct: Option<PathBuf>, hosts: Option<Hosts>) -> Self {
+    /// Tests are run by `program` on this machine when that is `direct`, else on `hosts`.
+    pub fn new(program: PathBuf, direct: bool, hosts: Option<Hosts>) -> Self {
         Self {
+            program,
             direct,
             hosts,
             running: None,
@@ -74,9 +83,11 @@ impl Place {
         let logs = lab.join("logs").join(&test.name);
         crate::cache::remove(&logs)?;
         fs::create_dir_all(&logs)?;
-        let outcome = match &self.direct {
-            Some(program) if test.profile == PLAIN => direct(program, test, lab, &logs),
-            _ => self.emulated(test, &logs),
+        let here = (self.direct && test.profile == PLAIN) || (test.tiny && opens_kvm());
+        let outcome = if here {
+            direct(&self.program, test, lab, &logs)
+        } else {
+            self.emulated(test, &logs)
         };
         outcome.with_context(|| format!("logs: {}", logs.display()))
     }
@@ -150,7 +161,7 @@ impl Place {
     /// # Errors
     /// It does not boot.
     pub fn take_host(&mut self, profile: &str, logs: &Path) -> Result<Option<Host>> {
-        if self.direct.is_some() && profile == PLAIN {
+        if self.direct && profile == PLAIN {
             return Ok(None);
         }
         let hosts = self

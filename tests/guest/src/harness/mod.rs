@@ -26,6 +26,8 @@ pub struct Test {
     pub limit: u64,
     /// Only run when named.
     pub on_request: bool,
+    /// Its guests are a few instructions, which any /dev/kvm runs, one without vmx or svm too.
+    pub tiny: bool,
     /// The test.
     pub run: fn(&Lab) -> Result<()>,
 }
@@ -38,6 +40,7 @@ impl Test {
             profile: "plain",
             limit: 300,
             on_request: false,
+            tiny: false,
             run,
         }
     }
@@ -51,6 +54,12 @@ impl Test {
     /// With another limit, in seconds.
     pub const fn limit(mut self, seconds: u64) -> Self {
         self.limit = seconds;
+        self
+    }
+
+    /// With guests of a few instructions: run wherever /dev/kvm can be opened.
+    pub const fn tiny(mut self) -> Self {
+        self.tiny = true;
         self
     }
 
@@ -68,6 +77,7 @@ pub struct Listed {
     profile: &'static str,
     limit: u64,
     on_request: bool,
+    tiny: bool,
 }
 
 /// The list for the lab.
@@ -79,6 +89,7 @@ pub fn list(all: &[(&str, &[Test])]) -> Vec<Listed> {
             profile: test.profile,
             limit: test.limit,
             on_request: test.on_request,
+            tiny: test.tiny,
         }));
     }
     listed
