@@ -33,6 +33,10 @@ pub const TESTS: &[Test] = &[
             5 * 1024,
         )
     }),
+    Test::new("an_elf_kernel_boots_by_pvh", |lab| {
+        let kernel = lab.shared("guests/lab/vmlinux");
+        sees(lab, Guest::lab_kernel().kernel_file(&kernel), 1, 512)
+    }),
 ];
 
 /// Boots the guest and checks that it has so many CPUs and so much memory (MiB).

@@ -33,7 +33,10 @@ pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
         fs::create_dir_all(&folder)?;
         let mut archive = base(&supplies.busybox, &agent)?;
         match stock {
-            None => place(&supplies.host_kernel, &folder.join("vmlinuz"))?,
+            None => {
+                place(&supplies.host_kernel, &folder.join("vmlinuz"))?;
+                extract(&folder.join("vmlinuz"), &folder.join("vmlinux"))?;
+            }
             Some(stock) => {
                 place(&stock.join("vmlinuz"), &folder.join("vmlinuz"))?;
                 add_modules(&mut archive, stock)?;
@@ -45,6 +48,50 @@ pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
     let mut host = base(&supplies.busybox, &agent)?.finish();
     host.extend(tools(&supplies.tools)?);
     write(&lab.join("guests/host-initramfs"), &host)
+}
+
+/// Writes the ELF file inside a bzImage, unless it is there and not older.
+///
+/// Where it lies is in the setup header (Linux, Documentation/arch/x86/boot.rst: setup_sects,
+/// payload_offset, payload_length); after the compressed bytes stands the length of the ELF file.
+fn extract(image: &Path, to: &Path) -> Result<()> {
+    let age = |path: &Path| fs::metadata(path).and_then(|m| m.modified());
+    if let (Ok(new), Ok(old)) = (age(image), age(to))
+        && old >= new
+    {
+        return Ok(());
+    }
+    let bytes = fs::read(image)?;
+    let payload = payload(&bytes)
+        .with_context(|| format!("{} has no payload that is known", image.display()))?;
+    let program = match payload {
+        [0x1f, 0x8b, ..] => "gzip",
+        [0xfd, b'7', b'z', ..] => "xz",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        _ => bail!("{} is compressed in an unknown way", image.display()),
+    };
+    let packed = to.with_extension("packed");
+    fs::write(&packed, payload)?;
+    let output = Command::new(program)
+        .args(["-d", "-c"])
+        .stdin(fs::File::open(&packed)?)
+        .output()
+        .context(program)?;
+    fs::remove_file(&packed)?;
+    if !output.stdout.starts_with(b"\x7fELF") {
+        bail!("{program}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    write(to, &output.stdout)
+}
+
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| -> Option<usize> {
+        Some(u32::from_le_bytes(image.get(at..at + 4)?.try_into().ok()?) as usize)
+    };
+    let setup = (usize::from(*image.get(0x1f1)?) + 1) * 512;
+    let from = setup.checked_add(word(0x248)?)?;
+    let length = word(0x24c)?.checked_sub(4)?;
+    image.get(from..from.checked_add(length)?)
 }
 
 /// An init with a shell.
