@@ -1,5 +1,6 @@
 //! The `nestling` command.
 
+mod doctor;
 mod logger;
 mod run;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     logger::start(matches.get_count("verbose"));
     let done = match matches.subcommand() {
         Some(("run", options)) => run::run(options),
+        Some(("doctor", options)) => doctor::run(options),
         // clap lets nothing else through.
         _ => Ok(0),
     };
@@ -56,6 +58,7 @@ fn command() -> Command {
                 .help("Say more on standard error; -vv and -vvv say yet more"),
         )
         .subcommand(run::command())
+        .subcommand(doctor::command())
 }
 
 fn fail(failure: Failure) -> ExitCode {
