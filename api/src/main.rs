@@ -2,6 +2,7 @@
 
 mod doctor;
 mod logger;
+mod pasids;
 mod run;
 
 use std::error::Error;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     let done = match matches.subcommand() {
         Some(("run", options)) => run::run(options),
         Some(("doctor", options)) => doctor::run(options),
+        Some(("pasids", options)) => pasids::list(options),
         // clap lets nothing else through.
         _ => Ok(0),
     };
@@ -59,6 +61,7 @@ fn command() -> Command {
         )
         .subcommand(run::command())
         .subcommand(doctor::command())
+        .subcommand(pasids::command())
 }
 
 fn fail(failure: Failure) -> ExitCode {
