@@ -13,6 +13,10 @@ mod registers;
 mod remap;
 mod state;
 mod targets;
+#[cfg(any(test, feature = "fuzzing"))]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod unit;
 pub mod vcmd;
 

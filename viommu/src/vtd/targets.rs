@@ -518,7 +518,6 @@ impl Targets {
     /// The tables give `target` no translation. What is merely not there is no news; what is
     /// there and wrong is, once.
     fn set_wrong(&mut self, target: Target, old: Option<Live>, problem: Problem) {
-        let silent = is_absent(problem.reason);
         if let Some(Live::Wrong { problem: known, .. }) = old
             && known == problem
         {
@@ -526,14 +525,19 @@ impl Targets {
             self.insert(target, old, Live::Wrong { problem, scan });
             return;
         }
+        let full = target.pasid.is_some() && self.live_pasids >= MAX_LIVE_PASIDS;
+        if old.is_none() && full {
+            self.counts.over_limit += 1;
+            return;
+        }
         self.block(target);
-        let room = target.pasid.is_none() || self.live_pasids < MAX_LIVE_PASIDS;
-        if !silent && room {
-            let scan = self.scan;
-            self.insert(target, None, Live::Wrong { problem, scan });
-            if !(problem.fpd && problem.reason.is_qualified()) {
-                self.tell(target, problem.reason);
-            }
+        if is_absent(problem.reason) {
+            return;
+        }
+        let scan = self.scan;
+        self.insert(target, None, Live::Wrong { problem, scan });
+        if !(problem.fpd && problem.reason.is_qualified()) {
+            self.tell(target, problem.reason);
         }
     }
 

@@ -1,0 +1,8 @@
+//! Tests that drive a unit through its registers and guest memory, as a guest does.
+
+mod bring_up;
+mod faults;
+mod invalidation;
+mod page_requests;
+mod peers;
+mod tables;
