@@ -190,11 +190,12 @@ pub struct Translated {
 
 impl DmaAccess<'_> {
     /// Translates the beginning of the range of `length` bytes (not 0) at `iova`: to the end of
-    /// the range, of the page or of the RAM region, whichever comes first. The result may be used
-    /// as long as `self` lives.
+    /// the range, of the page or of RAM, whichever comes first. The result may be used as long as
+    /// `self` lives.
     ///
     /// # Errors
     /// Why the access does not pass; the front end is told.
+    #[inline]
     pub fn translate(
         &self,
         iova: Iova,
@@ -213,6 +214,7 @@ impl DmaAccess<'_> {
     ///
     /// # Errors
     /// Why the access would not pass.
+    #[inline]
     pub fn lookup(
         &self,
         iova: Iova,
@@ -223,8 +225,13 @@ impl DmaAccess<'_> {
             AccessRoute::Direct(ram) => (&***ram, iova.0, length),
             AccessRoute::Translated(translated) => {
                 translated.announce(iova.0, length)?;
-                let (gpa, rest) = translated.page(iova.0, translated.request(access))?;
-                (translated.ram(), gpa, rest.min(length))
+                let found = translated.page(iova.0, translated.request(access))?;
+                let length = length.min(found.rest);
+                if found.in_ram {
+                    let gpa = Gpa(found.gpa);
+                    return Ok(Translated { gpa, length });
+                }
+                (translated.ram(), found.gpa, length)
             }
         };
         let (region, offset) = ram
@@ -325,15 +332,16 @@ impl<'a> TranslatedSlices<'a> {
     fn run(&self) -> std::result::Result<(u64, u64), FaultCause> {
         let request = self.access.request(self.what);
         let most = self.left.min(LONGEST_RUN);
-        let (gpa, mut length) = self.access.page(self.iova, request)?;
+        let first = self.access.page(self.iova, request)?;
+        let mut length = first.rest;
         while length < most {
             match self.access.page(self.iova + length, request) {
-                Ok((next, more)) if gpa.checked_add(length) == Some(next) => length += more,
+                Ok(next) if first.gpa.checked_add(length) == Some(next.gpa) => length += next.rest,
                 // What does not fit here, or faults, is the next piece's first page.
                 _ => break,
             }
         }
-        Ok((gpa, length.min(most)))
+        Ok((first.gpa, length.min(most)))
     }
 
     fn slice(&self) -> std::result::Result<VolatileSlice<'a, ()>, FaultCause> {

@@ -24,8 +24,12 @@ pub(super) type Range = RangeInclusive<u64>;
 /// Every address.
 pub(super) const EVERYTHING: Range = 0..=u64::MAX;
 
-/// Ranges that are kept apart; what comes after widens one of them.
-const RANGES: usize = 16;
+/// Ranges that are kept apart. An access with more of them announces the hull of all.
+const RANGES: usize = 32;
+
+/// Ranges that an access looks through before it announces another: a queue's rings come first,
+/// and come back between the buffers.
+const RINGS: usize = 4;
 
 // `state`: how many ranges are announced, two flags, and which access this is.
 const COUNT: u64 = 0xff;
@@ -112,39 +116,30 @@ impl Slot {
         }
     }
 
-    /// Announces `first..=last`, by the owner; returns the range that now covers it.
+    /// Announces `first..=last`, by the owner; returns the announced range that covers it.
     pub(super) fn announce(&self, first: u64, last: u64) -> (u64, u64) {
         let count = (self.state.load(Ordering::Relaxed) & COUNT) as usize;
-        let announced = &self.ranges[..count.min(RANGES)];
-        let covering = announced
-            .iter()
-            .map(Bounds::get)
-            .find(|&(a, b)| a <= first && last <= b);
-        if let Some(covering) = covering {
-            return covering;
+        let rings = self.ranges.iter().take(count.min(RINGS));
+        let mut known = rings.map(Bounds::get);
+        if let Some(known) = known.find(|&(a, b)| a <= first && last <= b) {
+            return known;
         }
         if let Some(free) = self.ranges.get(count) {
             free.set(first, last);
             self.state.fetch_add(1, Ordering::SeqCst);
             return (first, last);
         }
-        // Full: widen the range that grows least. Widening only adds to what is announced, so a
-        // torn pair read meanwhile still covers what was announced before.
-        let grown = |bounds: &&Bounds| {
-            let (a, b) = bounds.get();
-            (a.min(first), b.max(last), a, b)
-        };
-        let widest = announced.iter().min_by_key(|bounds| {
-            let (low, high, a, b) = grown(bounds);
-            (high - low) - (b - a)
-        });
-        let Some(widest) = widest else {
-            return (first, last);
-        };
-        let (low, high, ..) = grown(&widest);
-        widest.set(low, high);
+        // Widening only adds to what is announced, so who reads a torn pair meanwhile still finds
+        // what was announced before.
+        let hull = |(a, b): (u64, u64), (c, d)| (a.min(c), b.max(d));
+        let all = self
+            .ranges
+            .iter()
+            .map(Bounds::get)
+            .fold((first, last), hull);
+        self.ranges[0].set(all.0, all.1);
         self.state.fetch_or(BUSY, Ordering::SeqCst);
-        (low, high)
+        all
     }
 
     /// The access in flight that may have translated part of `range`.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::Guard;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::Shared;
 use super::endpoint::Endpoint;
@@ -179,6 +179,19 @@ impl Drop for Port {
     }
 }
 
+/// In a cached value: the whole page is RAM, of one or more regions.
+const IN_RAM: u64 = Allowed::MASK + 1;
+
+/// Where an address lies.
+#[derive(Clone, Copy)]
+pub(crate) struct Located {
+    pub(crate) gpa: u64,
+    /// How many bytes of the page follow from there on.
+    pub(crate) rest: u64,
+    /// They are all RAM; if not, some may be.
+    pub(crate) in_ram: bool,
+}
+
 /// A range that contains nothing.
 const NOTHING: (u64, u64) = (1, 0);
 
@@ -238,10 +251,9 @@ impl Access<'_> {
         announced.0 <= first && last <= announced.1
     }
 
-    /// Where `iova`, which is announced, lies in guest memory, and how many bytes of its page
-    /// follow from there on.
+    /// Where `iova`, which is announced, lies in guest memory.
     #[inline]
-    pub(crate) fn page(&self, iova: u64, request: Request) -> Result<(u64, u64), FaultCause> {
+    pub(crate) fn page(&self, iova: u64, request: Request) -> Result<Located, FaultCause> {
         let needed = request.needs();
         // Once, and once more for each larger page that the guest puts there meanwhile.
         loop {
@@ -259,7 +271,11 @@ impl Access<'_> {
                 self.announced.set(self.own().slot.announce(first, last));
                 continue;
             }
-            return Ok((value & !0xfff | iova & inside, last - iova + 1));
+            return Ok(Located {
+                gpa: value & !0xfff | iova & inside,
+                rest: last - iova + 1,
+                in_ram: value & IN_RAM != 0,
+            });
         }
     }
 
@@ -292,6 +308,7 @@ impl Access<'_> {
     }
 
     /// Walks the tables; returns the page as the cache has it.
+    #[inline(never)]
     fn walk(&self, iova: u64, request: Request) -> Result<(u64, u32), FaultCause> {
         let mut space = self.space.borrow_mut();
         let space = space.get_or_insert_with(|| self.port.state.space.load());
@@ -306,7 +323,10 @@ impl Access<'_> {
             cache: iotlb,
         };
         let page = space.walk(walker, iova, request, self.target().pasid.is_some())?;
-        let value = page.base | page.allowed.into_bits();
+        let whole =
+            GuestMemoryBackend::check_range(self.ram(), GuestAddress(page.base), 1 << page.shift);
+        let in_ram = if whole { IN_RAM } else { 0 };
+        let value = page.base | in_ram | page.allowed.into_bits();
         if let Some(iotlb) = iotlb {
             iotlb.put(iova, page.shift, value);
         }

@@ -6,7 +6,7 @@
 
 use vm_memory::GuestMemoryMmap;
 
-use super::iotlb::{Iotlb, Structure};
+use super::iotlb::{Iotlb, Of};
 use super::tables;
 use crate::backend::{FaultCause, Stage, Stage1, Stage2};
 use crate::spec::vtd::paging::{FirstStageEntry, SecondStageEntry, entry_offset, level_shift};
@@ -190,14 +190,11 @@ impl Walker<'_> {
         if request.privileged && !stage1.sre {
             return Err(FaultCause::Supervisor);
         }
-        let near = self.cache.and_then(|cache| {
-            [1, 2].into_iter().find_map(|level| {
-                let cached = cache.structure(Structure::Input(level), iova)?;
-                Some(First::from_cached(level, cached))
-            })
-        });
+        let near = self
+            .cache
+            .and_then(|cache| cache.structure(Of::Input, iova));
         let mut at = match near {
-            Some(near) => near,
+            Some((level, cached)) => First::from_cached(level, cached),
             None => self.first_stage_root(stage1, under)?,
         };
         loop {
@@ -217,8 +214,8 @@ impl Walker<'_> {
             }
             at.level -= 1;
             (at.table, at.writable) = self.first_stage_table(under, entry.table().0)?;
-            if let (Some(cache), 1 | 2) = (self.cache, at.level) {
-                cache.put_structure(Structure::Input(at.level), iova, at.into_cached());
+            if let Some(cache) = self.cache {
+                cache.put_structure(Of::Input, at.level, iova, at.into_cached());
             }
         }
     }
@@ -379,7 +376,7 @@ impl Walker<'_> {
         if address >> stage2.width != 0 {
             return Err(FaultCause::AddressWidth);
         }
-        self.second_stage_from(stage2, address, request, stage, Structure::Second)
+        self.second_stage_from(stage2, address, request, stage, Of::Second)
     }
 
     /// As [`second_stage`](Self::second_stage), for a second stage that is used alone.
@@ -392,7 +389,7 @@ impl Walker<'_> {
         if iova >> stage2.width != 0 {
             return Err(FaultCause::AddressWidth);
         }
-        self.second_stage_from(stage2, iova, request, Stage::Second, Structure::Input)
+        self.second_stage_from(stage2, iova, request, Stage::Second, Of::Input)
     }
 
     fn second_stage_from(
@@ -401,16 +398,13 @@ impl Walker<'_> {
         address: u64,
         request: Request,
         stage: Stage,
-        structure: fn(u8) -> Structure,
+        of: Of,
     ) -> Result<Page, FaultCause> {
         const R: u64 = 1;
         const W: u64 = 2;
-        let near = self.cache.and_then(|cache| {
-            [1, 2].into_iter().find_map(|level| {
-                let cached = cache.structure(structure(level), address)?;
-                Some((level, cached & !0xfff, cached & R != 0, cached & W != 0))
-            })
-        });
+        let near = self.cache.and_then(|cache| cache.structure(of, address));
+        let near =
+            near.map(|(level, cached)| (level, cached & !0xfff, cached & R != 0, cached & W != 0));
         let root = ((stage2.width - 12) / 9, stage2.root.0, true, true);
         let (mut level, mut table, mut r, mut w) = near.unwrap_or(root);
         loop {
@@ -427,9 +421,9 @@ impl Walker<'_> {
             }
             level -= 1;
             table = entry.table().0;
-            if let (Some(cache), 1 | 2) = (self.cache, level) {
+            if let Some(cache) = self.cache {
                 let rights = flag(r, R) | flag(w, W);
-                cache.put_structure(structure(level), address, table | rights);
+                cache.put_structure(of, level, address, table | rights);
             }
         }
     }
