@@ -9,3 +9,6 @@ pub mod legacy;
 pub mod pci;
 pub mod testdev;
 pub mod virtio;
+
+#[cfg(test)]
+mod testing;

@@ -357,3 +357,268 @@ impl Ring {
             .map_err(|_| Broken::Ring)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use viommu::dma::DmaPort;
+
+    use super::*;
+    use crate::testing::{BUFFERS, Driver, INDIRECT, NEXT, RAM, WRITE, ram};
+
+    const SIZE: u16 = 16;
+
+    fn ring(features: u64) -> (Driver, DmaPort, Ring) {
+        let ram = ram();
+        let driver = Driver::new(ram.clone(), 0, SIZE);
+        let port = DmaPort::direct(ram);
+        let has = |bit: u32| features & 1 << bit != 0;
+        let ring = Ring::new(
+            driver.config,
+            has(VIRTIO_RING_F_EVENT_IDX),
+            has(VIRTIO_RING_F_INDIRECT_DESC),
+            &port.access(),
+        );
+        (driver, port, ring.unwrap())
+    }
+
+    /// What popping one chain gives.
+    fn pop(ring: &mut Ring, port: &DmaPort) -> Result<Option<Chain>, Broken> {
+        let mut chain = Chain::default();
+        Ok(ring.pop(&port.access(), &mut chain)?.then_some(chain))
+    }
+
+    fn spans(buffers: &[Buffer]) -> Vec<(u64, u32)> {
+        buffers.iter().map(|b| (b.address.0, b.length)).collect()
+    }
+
+    #[test]
+    fn a_chain_is_its_readable_buffers_and_then_its_writable_ones() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        let buffers = [(0x1000, 1, 0), (0x2000, 0, 0), (0x3000, 7, WRITE)];
+        let head = driver.add(&buffers);
+        let indirect = driver.add_indirect(BUFFERS, &buffers);
+        for expected in [head, indirect] {
+            let chain = pop(&mut ring, &port).unwrap().unwrap();
+            assert_eq!(chain.head(), expected);
+            assert_eq!(spans(&chain.readable), [(0x1000, 1), (0x2000, 0)]);
+            assert_eq!(spans(&chain.writable), [(0x3000, 7)]);
+        }
+        assert!(pop(&mut ring, &port).unwrap().is_none());
+    }
+
+    #[test]
+    fn direct_descriptors_may_lead_to_an_indirect_table() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        driver.describe(BUFFERS, 0, (0x5000, 5, WRITE), 0);
+        driver.add(&[(0x1000, 1, 0), (BUFFERS, 16, INDIRECT)]);
+        let chain = pop(&mut ring, &port).unwrap().unwrap();
+        assert_eq!(spans(&chain.writable), [(0x5000, 5)]);
+    }
+
+    #[test]
+    fn a_chain_that_loops_breaks_the_ring() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        driver.describe(driver.config.descriptors, 0, (0x1000, 1, NEXT), 1);
+        driver.describe(driver.config.descriptors, 1, (0x1000, 1, NEXT), 0);
+        driver.offer(0);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::TooLong);
+    }
+
+    #[test]
+    fn an_indirect_chain_of_more_buffers_than_allowed_breaks_the_ring() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        let many = vec![(0x1000, 1, 0); MAX_BUFFERS];
+        driver.add_indirect(BUFFERS, &many);
+        assert!(pop(&mut ring, &port).is_ok());
+        let too_many = vec![(0x1000, 1, 0); MAX_BUFFERS + 1];
+        driver.add_indirect(BUFFERS, &too_many);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::TooLong);
+    }
+
+    #[test]
+    fn an_index_outside_its_table_breaks_the_ring() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        driver.offer(SIZE);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::Index(SIZE));
+
+        let (mut driver, port, mut ring) = self::ring(RING_FEATURES);
+        driver.describe(driver.config.descriptors, 0, (0x1000, 1, NEXT), SIZE + 3);
+        driver.offer(0);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::Index(SIZE + 3));
+    }
+
+    #[test]
+    fn a_malformed_indirect_table_breaks_the_ring() {
+        for (length, flags) in [(0, INDIRECT), (17, INDIRECT), (16, INDIRECT | NEXT)] {
+            let (mut driver, port, mut ring) = ring(RING_FEATURES);
+            driver.add(&[(BUFFERS, length, flags)]);
+            assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::Indirect);
+        }
+        // A table inside a table.
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        driver.add_indirect(BUFFERS, &[(BUFFERS, 16, INDIRECT)]);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::Indirect);
+        // One that was not negotiated.
+        let (mut driver, port, mut ring) = self::ring(0);
+        driver.add_indirect(BUFFERS, &[(0x1000, 1, 0)]);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::Indirect);
+    }
+
+    #[test]
+    fn a_descriptor_outside_memory_breaks_the_ring_and_a_buffer_there_does_not() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        driver.add(&[(u64::MAX, 1, 0)]);
+        assert!(
+            pop(&mut ring, &port).unwrap().is_some(),
+            "the device decides"
+        );
+        driver.add(&[(RAM, 16, INDIRECT)]);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::Descriptor(RAM));
+        let (mut driver, port, mut ring) = self::ring(RING_FEATURES);
+        let table = u64::MAX - 7;
+        driver.add(&[(table, 32, INDIRECT)]);
+        assert_eq!(
+            pop(&mut ring, &port).unwrap_err(),
+            Broken::Descriptor(table)
+        );
+    }
+
+    #[test]
+    fn a_readable_buffer_after_a_writable_one_breaks_the_ring() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        driver.add(&[(0x1000, 1, WRITE), (0x1000, 1, 0)]);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::Order);
+    }
+
+    #[test]
+    fn more_than_4_gib_in_a_chain_break_the_ring() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        driver.add(&[(0, u32::MAX, 0), (0, 1, 0)]);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::Overflow);
+    }
+
+    #[test]
+    fn an_available_index_too_far_ahead_breaks_the_ring() {
+        let (driver, port, mut ring) = ring(RING_FEATURES);
+        driver.set_available(SIZE + 1);
+        assert_eq!(pop(&mut ring, &port).unwrap_err(), Broken::AvailIndex);
+    }
+
+    #[test]
+    fn a_ring_that_is_not_in_memory_or_misaligned_is_refused() {
+        let ram = ram();
+        let good = Driver::new(ram.clone(), 0, SIZE).config;
+        let port = DmaPort::direct(ram);
+        let bad = [
+            RingConfig { size: 0, ..good },
+            RingConfig { size: 24, ..good },
+            RingConfig {
+                descriptors: RAM,
+                ..good
+            },
+            RingConfig {
+                descriptors: 8,
+                ..good
+            },
+            RingConfig {
+                available: RAM - 8,
+                ..good
+            },
+            RingConfig {
+                available: 0x2001,
+                ..good
+            },
+            RingConfig {
+                used: u64::MAX - 3,
+                ..good
+            },
+            RingConfig {
+                used: 0x3002,
+                ..good
+            },
+        ];
+        assert!(Ring::new(good, true, true, &port.access()).is_some());
+        for config in bad {
+            let ring = Ring::new(config, true, true, &port.access());
+            assert!(ring.is_none(), "{config:x?}");
+        }
+    }
+
+    #[test]
+    fn interrupts_follow_used_event_when_it_was_negotiated() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        let access = port.access();
+        driver.set_used_event(1);
+        for _ in 0..3 {
+            driver.add(&[(0x1000, 1, WRITE)]);
+        }
+        ring.push(&access, 0, 1).unwrap();
+        assert!(!ring.wants_interrupt(&access).unwrap());
+        ring.push(&access, 1, 1).unwrap();
+        assert!(ring.wants_interrupt(&access).unwrap());
+        ring.push(&access, 2, 1).unwrap();
+        assert!(!ring.wants_interrupt(&access).unwrap());
+        assert_eq!(driver.used(), [(0, 1), (1, 1), (2, 1)]);
+    }
+
+    #[test]
+    fn interrupts_follow_the_flag_when_used_event_was_not_negotiated() {
+        let (driver, port, mut ring) = ring(0);
+        let access = port.access();
+        assert!(!ring.wants_interrupt(&access).unwrap(), "nothing was used");
+        ring.push(&access, 0, 1).unwrap();
+        assert!(ring.wants_interrupt(&access).unwrap());
+        driver.write(driver.config.available, &[1, 0]);
+        ring.push(&access, 0, 1).unwrap();
+        assert!(!ring.wants_interrupt(&access).unwrap());
+    }
+
+    #[test]
+    fn chains_that_belong_together_come_back_at_once_and_count_for_interrupts() {
+        let (mut driver, port, mut ring) = ring(RING_FEATURES);
+        let access = port.access();
+        driver.set_used_event(1);
+        ring.push_all(&access, &[]).unwrap();
+        assert_eq!(driver.used(), []);
+        ring.push_all(&access, &[(3, 10), (4, 20), (5, 30)])
+            .unwrap();
+        assert!(ring.wants_interrupt(&access).unwrap());
+        assert_eq!(driver.used(), [(3, 10), (4, 20), (5, 30)]);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_rings_hold_a_walk_ends_and_its_chain_keeps_the_rules(
+            table in prop::collection::vec(any::<u8>(), 16 * usize::from(SIZE)),
+            heads in prop::collection::vec(0..SIZE + 2, usize::from(SIZE)),
+            available in 0..SIZE + 2,
+            small in any::<bool>(),
+        ) {
+            let (driver, port, mut ring) = ring(RING_FEATURES);
+            let mut table = table;
+            for entry in table.chunks_mut(16).filter(|_| small) {
+                // Nearly well-formed descriptors go deeper than noise.
+                entry[2..8].fill(0);
+                entry[9..12].fill(0);
+                entry[12] &= 7;
+                entry[14] %= SIZE as u8 + 1;
+                entry[15] = 0;
+            }
+            driver.write(driver.config.descriptors, &table);
+            for (slot, head) in heads.iter().enumerate() {
+                let at = driver.config.available + 4 + 2 * slot as u64;
+                driver.write(at, &head.to_le_bytes());
+            }
+            driver.set_available(available);
+            let mut popped = 0;
+            while let Ok(Some(chain)) = pop(&mut ring, &port) {
+                popped += 1;
+                prop_assert!(popped <= SIZE);
+                prop_assert!(chain.readable.len() + chain.writable.len() <= MAX_BUFFERS);
+                let bytes = chain.readable_length() + chain.writable_length();
+                prop_assert!(bytes <= u32::MAX as usize);
+            }
+        }
+    }
+}

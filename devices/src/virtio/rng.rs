@@ -171,3 +171,48 @@ impl Service {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BUFFERS, RAM, WRITE, ram, start};
+
+    #[test]
+    fn entropy_fills_what_the_guest_gives_and_one_request_is_bounded() {
+        let rng = Rng::open(Path::new("/dev/urandom")).unwrap();
+        let (mut drivers, recorder) = start(&*rng, &ram(), rng.features());
+        drivers[0].add(&[(BUFFERS, 64, WRITE), (BUFFERS + 64, 64, WRITE)]);
+        drivers[0].add(&[(BUFFERS + 0x1000, 1 << 20, WRITE)]);
+        drivers[0].kick();
+        let used = drivers[0].wait(&recorder, 2);
+        assert_eq!(used[0], (0, 128));
+        assert_eq!(used[1], (2, MOST));
+        assert_ne!(drivers[0].read(BUFFERS, 128), [0; 128]);
+        let after = BUFFERS + 0x1000 + u64::from(MOST);
+        assert_eq!(drivers[0].read(after, 64), [0; 64]);
+    }
+
+    #[test]
+    fn buffers_it_cannot_fill_come_back_empty() {
+        let rng = Rng::open(Path::new("/dev/urandom")).unwrap();
+        let (mut drivers, recorder) = start(&*rng, &ram(), rng.features());
+        drivers[0].add(&[(RAM, 64, WRITE)]);
+        drivers[0].add(&[(BUFFERS, 64, 0)]);
+        drivers[0].kick();
+        assert_eq!(drivers[0].wait(&recorder, 2), [(0, 0), (1, 0)]);
+        drivers[0].set_available(1000);
+        drivers[0].kick();
+        recorder.wait_until(|counts| counts.needs_reset == 1);
+    }
+
+    #[test]
+    fn a_source_that_is_not_there_is_refused_with_the_remedy() {
+        let error = Rng::open(Path::new("/dev/nothing"))
+            .map(|_| ())
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "entropy source \"/dev/nothing\" cannot be opened: use /dev/urandom"
+        );
+    }
+}

@@ -25,10 +25,10 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
-use super::buffers::{self, TransferError};
-use super::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
-use super::ring::{Broken, Chain, RING_FEATURES, Ring};
-use super::worker::{Stop, Waiter, Workers};
+use crate::virtio::buffers::{self, TransferError};
+use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
+use crate::virtio::ring::{Broken, Chain, RING_FEATURES, Ring};
+use crate::virtio::worker::{Stop, Waiter, Workers};
 
 /// Bytes of a sector, the unit of the protocol whatever the block size is.
 pub const SECTOR: u64 = 512;
@@ -618,3 +618,6 @@ fn dwords(bytes: &[u8; 16]) -> [u32; 4] {
     let (dwords, _) = bytes.as_chunks::<4>();
     std::array::from_fn(|index| dwords.get(index).map_or(0, |d| u32::from_le_bytes(*d)))
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,12 +18,12 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
-use super::ring::{Ring, RingConfig};
 use crate::interrupt::MsiSource;
 use crate::pci::config::{ConfigError, Express, Identity};
 use crate::pci::msix::{Msix, Place};
 use crate::pci::{Bar, ConfigSpace, Decoded, Delivery, Effect, IoEvent, PciFunction};
+use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
+use crate::virtio::ring::{Ring, RingConfig};
 
 /// The only BAR, and where the structures are in it (bytes).
 const BAR: u8 = 0;
@@ -163,7 +163,7 @@ impl VirtioPci {
         let pci_capability = add(CAP_PCI, 0, 0, &[0; 4])?;
         // bar, offset, length and data are the driver's (4.1.4.9).
         config.allow(pci_capability + 4, &[0xff]);
-        config.allow(pci_capability + 8, &[0xff; 8]);
+        config.allow(pci_capability + 8, &[0xff; 12]);
 
         let mut offered = device.features() | 1 << VIRTIO_F_VERSION_1;
         if dma.is_translated() {
@@ -627,3 +627,6 @@ fn add_structure(
     body.extend(more);
     config.add_capability(CAP_VENDOR, &body, &[])
 }
+
+#[cfg(test)]
+mod tests;

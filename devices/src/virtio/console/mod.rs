@@ -19,10 +19,10 @@ use thiserror::Error;
 use viommu::dma::{DmaAccess, DmaPort};
 use vmm_sys_util::epoll::EventSet;
 
-use super::buffers::{self, TransferError};
-use super::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
-use super::ring::{Broken, Chain, RING_FEATURES};
-use super::worker::{Stop, Waiter, Workers};
+use crate::virtio::buffers::{self, TransferError};
+use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
+use crate::virtio::ring::{Broken, Chain, RING_FEATURES};
+use crate::virtio::worker::{Stop, Waiter, Workers};
 
 /// VIRTIO_CONSOLE_F_MULTIPORT: named ports, with control queues (5.3.3).
 const F_MULTIPORT: u64 = 1 << 1;
@@ -639,3 +639,6 @@ impl Service {
 fn broken(error: Broken) -> io::Error {
     io::Error::other(error)
 }
+
+#[cfg(test)]
+mod tests;

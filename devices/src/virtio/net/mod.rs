@@ -18,11 +18,11 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::epoll::EventSet;
 
-use super::buffers::{self, TransferError};
-use super::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
-use super::ring::{Broken, Buffer, Chain, RING_FEATURES};
-use super::tap::{self, HEADER, Tap, TapError, TapSource};
-use super::worker::{Stop, Waiter, Workers};
+use crate::virtio::buffers::{self, TransferError};
+use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
+use crate::virtio::ring::{Broken, Buffer, Chain, RING_FEATURES};
+use crate::virtio::tap::{self, HEADER, Tap, TapError, TapSource};
+use crate::virtio::worker::{Stop, Waiter, Workers};
 
 const QUEUE_SIZE: u16 = 256;
 const RECEIVE: u16 = 0;
@@ -416,3 +416,6 @@ fn clear(queue: Option<&ActiveQueue>) {
         let _ = queue.kick.read();
     }
 }
+
+#[cfg(test)]
+mod tests;
