@@ -47,6 +47,10 @@ options! {
         pub readonly: bool = false;
         /// The device's name, unique in the VM.
         pub id: Option<String>;
+        /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.
+        pub iommu: bool = false;
+        /// Put it behind the vIOMMU of this id.
+        pub viommu: Option<String>;
     }
 }
 
@@ -59,6 +63,10 @@ options! {
         pub mac: Option<Mac>;
         /// The device's name, unique in the VM.
         pub id: Option<String>;
+        /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.
+        pub iommu: bool = false;
+        /// Put it behind the vIOMMU of this id.
+        pub viommu: Option<String>;
     }
 }
 
@@ -67,6 +75,10 @@ options! {
     pub struct RngConfig {
         /// Where entropy comes from.
         pub src: PathBuf = "/dev/urandom".into();
+        /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.
+        pub iommu: bool = false;
+        /// Put it behind the vIOMMU of this id.
+        pub viommu: Option<String>;
     }
 }
 
@@ -119,6 +131,51 @@ options! {
         pub socket: Option<PathBuf>;
         /// Make it a named port (in the guest /sys/class/virtio-ports) instead of a console.
         pub port: Option<String>;
+        /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.
+        pub iommu: bool = false;
+        /// Put it behind the vIOMMU of this id.
+        pub viommu: Option<String>;
+    }
+}
+
+words! {
+    /// What a vIOMMU looks like to the guest.
+    pub enum ViommuKind: "vtd" {
+        /// Intel VT-d.
+        #[default]
+        Vtd = "vtd",
+    }
+}
+
+words! {
+    /// The translation modes that a VT-d unit offers.
+    pub enum UnitMode: "scalable|legacy" {
+        /// Scalable mode, and legacy mode for guests that do not know it.
+        #[default]
+        Scalable = "scalable",
+        /// Legacy mode only.
+        Legacy = "legacy",
+    }
+}
+
+options! {
+    /// A vIOMMU of the guest. May be given several times; devices name it with viommu=.
+    pub struct ViommuConfig {
+        /// What it looks like to the guest.
+        pub kind ["type"]: ViommuKind = ViommuKind::Vtd;
+        /// Its name, unique in the VM.
+        pub id: String = "viommu0".into();
+        /// Scalable mode has first-stage tables, which the guest changes without an exit, and
+        /// PASIDs. All units of a VM have the same mode.
+        pub mode: UnitMode = UnitMode::Scalable;
+        /// Bits of DMA address: 39, 48 or 57; by itself, what all devices have, up to 48.
+        pub address_width: Option<u8>;
+        /// Bits of PASID, 1 to 20, or 0 for none; by itself, what all devices have.
+        pub pasid_bits: Option<u8>;
+        /// Offer second-stage tables in scalable mode: the guest can be a host itself.
+        pub nested: bool = false;
+        /// Until the guest turns translation on, let DMA pass unchanged, not be blocked.
+        pub bypass: bool = false;
     }
 }
 

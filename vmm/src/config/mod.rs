@@ -18,6 +18,8 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::memory::layout::VTD_UNITS;
+
 pub use groups::*;
 pub use schema::{Field, Group, SchemaError};
 pub use values::{Mac, Size};
@@ -42,6 +44,8 @@ pub struct VmConfig {
     pub serial: SerialConfig,
     /// The virtio console.
     pub console: ConsoleConfig,
+    /// The vIOMMUs.
+    pub viommus: Vec<ViommuConfig>,
     /// Everything that belongs to the VM as a whole.
     pub platform: PlatformConfig,
 }
@@ -88,6 +92,7 @@ pub const SECTIONS: &[Section] = &[
     one("rng", RngConfig::GROUP),
     one("serial", SerialConfig::GROUP),
     one("console", ConsoleConfig::GROUP),
+    many("viommu", "viommus", ViommuConfig::GROUP),
     one("platform", PlatformConfig::GROUP),
 ];
 
@@ -196,6 +201,31 @@ pub const MIN_MEMORY: Size = Size::mib(16);
 /// memory can be backed by them.
 pub const MEMORY_UNIT: Size = Size::mib(2);
 
+/// The most VT-d units: their register pages have this much room.
+pub const MAX_UNITS: usize = (VTD_UNITS.len() >> 12) as usize;
+
+/// Which vIOMMU a device is behind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Behind<'c> {
+    /// None: it does DMA to guest-physical addresses.
+    Nothing,
+    /// The first one.
+    Default,
+    /// The one with this id.
+    Named(&'c str),
+}
+
+impl<'c> Behind<'c> {
+    /// What `iommu=` and `viommu=` say together.
+    pub fn new(iommu: bool, viommu: Option<&'c str>) -> Self {
+        match (viommu, iommu) {
+            (Some(id), _) => Self::Named(id),
+            (None, true) => Self::Default,
+            (None, false) => Self::Nothing,
+        }
+    }
+}
+
 /// A configuration that makes sense as a whole. Only [`VmConfig::validate`] makes one.
 #[derive(Clone, Debug)]
 pub struct Validated(VmConfig);
@@ -218,7 +248,7 @@ impl VmConfig {
     ///
     /// # Errors
     /// The first thing that is wrong.
-    pub fn validate(self) -> Result<Validated, ConfigError> {
+    pub fn validate(mut self) -> Result<Validated, ConfigError> {
         let wrong = |text: String| Err(ConfigError(text));
         if self.payload.kernel.as_os_str().is_empty() {
             return wrong("payload.kernel is empty; give the path of a bzImage or vmlinux".into());
@@ -250,6 +280,10 @@ impl VmConfig {
             ));
         }
         self.check_consoles()?;
+        if self.viommus.is_empty() && self.behind().any(|b| b == Behind::Default) {
+            self.viommus.push(ViommuConfig::default());
+        }
+        self.check_viommus()?;
         self.check_ids()?;
         if let Some(net) = self
             .net
@@ -295,11 +329,44 @@ impl VmConfig {
         Ok(())
     }
 
+    /// What each device that can be behind a vIOMMU says about it.
+    fn behind(&self) -> impl Iterator<Item = Behind<'_>> {
+        let disks = self.disks.iter().map(|d| (d.iommu, &d.viommu));
+        let nets = self.net.iter().map(|n| (n.iommu, &n.viommu));
+        let rng = [(self.rng.iommu, &self.rng.viommu)];
+        let console = [(self.console.iommu, &self.console.viommu)];
+        disks
+            .chain(nets)
+            .chain(rng)
+            .chain(console)
+            .map(|(iommu, viommu)| Behind::new(iommu, viommu.as_deref()))
+    }
+
+    fn check_viommus(&self) -> Result<(), ConfigError> {
+        if self.viommus.len() > MAX_UNITS {
+            return Err(ConfigError(format!(
+                "there are {} vIOMMUs; give at most {MAX_UNITS}",
+                self.viommus.len()
+            )));
+        }
+        for behind in self.behind() {
+            if let Behind::Named(id) = behind
+                && self.viommus.iter().all(|unit| unit.id != id)
+            {
+                return Err(ConfigError(format!(
+                    "viommu={id} names no vIOMMU; add --viommu id={id}, or use iommu=on"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     fn check_ids(&self) -> Result<(), ConfigError> {
         let mut seen = BTreeSet::new();
         let disks = self.disks.iter().filter_map(|d| d.id.as_deref());
         let nets = self.net.iter().filter_map(|n| n.id.as_deref());
-        for id in disks.chain(nets) {
+        let viommus = self.viommus.iter().map(|v| v.id.as_str());
+        for id in disks.chain(nets).chain(viommus) {
             let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
             if id.is_empty() || id.len() > 64 || !id.bytes().all(plain) || id.starts_with("__") {
                 return Err(ConfigError(format!(
@@ -308,7 +375,7 @@ impl VmConfig {
             }
             if !seen.insert(id) {
                 return Err(ConfigError(format!(
-                    "id={id} names two devices; give each its own"
+                    "id={id} is given twice; give each device and vIOMMU its own"
                 )));
             }
         }

@@ -289,8 +289,10 @@ fn unquote(text: &str) -> String {
 ///         pub path: PathBuf, required;
 ///         /// Refuse writes.
 ///         pub readonly: bool = false;
-///         /// How many.
+///         /// How many; `queues` in option strings.
 ///         pub queue_count ("queues"): u16 = 1;
+///         /// Which kind; `type` everywhere.
+///         pub kind ["type"]: Kind = Kind::Raw;
 ///     }
 /// }
 /// ```
@@ -300,7 +302,7 @@ macro_rules! options {
         pub struct $name:ident $(word $word:ident)? {
             $(
                 $(#[doc = $fdoc:literal])*
-                pub $field:ident $(($option:literal))? : $type:ty $(= $default:expr)? $(, $required:ident)? ;
+                pub $field:ident $(($option:literal))? $([$name_in_json:literal])? : $type:ty $(= $default:expr)? $(, $required:ident)? ;
             )*
         }
     ) => {
@@ -308,7 +310,7 @@ macro_rules! options {
         #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
         #[serde(default, deny_unknown_fields)]
         pub struct $name {
-            $( $(#[doc = $fdoc])* pub $field: $type, )*
+            $( $(#[doc = $fdoc])* $(#[serde(rename = $name_in_json)])? pub $field: $type, )*
         }
 
         impl Default for $name {
@@ -324,8 +326,8 @@ macro_rules! options {
                 word: $crate::config::schema::word_of!($($word)?),
                 fields: &[$(
                     $crate::config::schema::Field {
-                        key: stringify!($field),
-                        option: $crate::config::schema::option_of!($field $(, $option)?),
+                        key: $crate::config::schema::name_of!($field $(, $name_in_json)?),
+                        option: $crate::config::schema::name_of!($field $(, $name_in_json)? $(, $option)?),
                         docs: &[$($fdoc),*],
                         required: $crate::config::schema::required_of!($($required)?),
                         syntax: <$type as $crate::config::schema::OptionValue>::SYNTAX,
@@ -353,7 +355,7 @@ macro_rules! default_of {
     };
 }
 
-macro_rules! option_of {
+macro_rules! name_of {
     ($field:ident) => {
         stringify!($field)
     };
@@ -380,4 +382,4 @@ macro_rules! word_of {
     };
 }
 
-pub(crate) use {default_of, option_of, options, required_of, word_of};
+pub(crate) use {default_of, name_of, options, required_of, word_of};

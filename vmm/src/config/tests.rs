@@ -111,16 +111,42 @@ fn a_configuration_that_makes_no_sense_is_refused() {
         (vec![("net", "tap=0123456789abcdef")], "1 to 15"),
         (
             vec![("disk", "path=a,id=x"), ("disk", "path=b,id=x")],
-            "two devices",
+            "given twice",
         ),
         (vec![("disk", "path=a,id=a b")], "not an identifier"),
         (vec![("cmdline", "a\0b")], "NUL"),
+        (
+            vec![("disk", "path=a,viommu=x")],
+            "viommu=x names no vIOMMU",
+        ),
+        (vec![("viommu", "id=x"), ("viommu", "id=x")], "given twice"),
+        (vec![("viommu", "id=x"); 17], "at most 16"),
     ] {
         let mut all = vec![("kernel", "k")];
         all.extend(options);
         let error = parse(&all).unwrap().validate().unwrap_err().0;
         assert!(error.contains(words), "{error}");
     }
+}
+
+#[test]
+fn a_device_behind_the_default_viommu_gets_one() {
+    let valid = |options: &[(&str, &str)]| {
+        let mut all = vec![("kernel", "k")];
+        all.extend(options);
+        parse(&all).unwrap().validate().unwrap()
+    };
+    assert!(valid(&[("disk", "path=a")]).viommus.is_empty());
+    let one = valid(&[("disk", "path=a,iommu=on")]);
+    assert_eq!(one.viommus, [ViommuConfig::default()]);
+    let named = valid(&[
+        ("disk", "path=a,iommu=on"),
+        ("net", "tap=t,viommu=b"),
+        ("viommu", "type=vtd,id=a,mode=legacy"),
+        ("viommu", "id=b,mode=legacy,address_width=39"),
+    ]);
+    assert_eq!(named.viommus.len(), 2);
+    assert_eq!(named.viommus[1].address_width, Some(39));
 }
 
 #[test]

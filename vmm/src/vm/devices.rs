@@ -17,13 +17,13 @@ use devices::virtio::{
     Block, BlockConfig, BlockError, Console, ConsoleError, Net, NetConfig, Rng, RngError, TapError,
     TapSource, VirtioDevice, VirtioPci, VirtioPciError,
 };
-use viommu::dma::DmaPort;
 use viommu::{GuestRam, Rid};
 
 use super::buses::Buses;
 use super::event_loop::Input;
 use super::terminal_io::{self, PipeInput, SerialInput};
-use crate::config::{Mac, SerialMode, Validated};
+use super::viommus::{ViommuError, Viommus};
+use crate::config::{Behind, Mac, SerialMode, Validated};
 use crate::interrupts::Interrupts;
 use crate::kvm::vcpu::{EventLine, GuestEvent};
 use crate::memory::layout::{IOAPIC, Layout};
@@ -47,6 +47,9 @@ pub enum DeviceError {
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// A vIOMMU.
+    #[error(transparent)]
+    Viommu(Box<ViommuError>),
     /// The entropy source.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -79,10 +82,17 @@ pub enum DeviceError {
     },
 }
 
+impl From<ViommuError> for DeviceError {
+    fn from(error: ViommuError) -> Self {
+        Self::Viommu(Box::new(error))
+    }
+}
+
 /// The devices of a VM. Dropping them stops them.
 pub(super) struct Devices {
     buses: Buses,
     root: Arc<PciRoot>,
+    viommus: Viommus,
     serial: Arc<SerialPort>,
     power_button: Arc<dyn IrqLine>,
     ecam: u64,
@@ -132,7 +142,9 @@ impl Devices {
             pio.clone(),
             interrupts.clone(),
         );
+        let viommus = Viommus::new(&config.viommus, layout, ram, interrupts, &mmio)?;
         let mut devices = Self {
+            viommus,
             power_button: ioapic.line(POWER_BUTTON_PIN),
             buses: Buses { mmio, pio, ioapic },
             root: root.clone(),
@@ -152,34 +164,37 @@ impl Devices {
             ConfigPorts::LENGTH,
             Arc::new(ConfigPorts::new(root, power)),
         )?;
-        devices.add_virtio(config, ram, interrupts)?;
+        devices.add_virtio(config, interrupts)?;
         Ok(devices)
     }
 
     fn add_virtio(
         &mut self,
         config: &Validated,
-        ram: &GuestRam,
         interrupts: &Arc<Interrupts>,
     ) -> Result<(), DeviceError> {
-        let root = self.root.clone();
-        let add = |device| add_function(&root, device, ram, interrupts).map(drop);
         for (n, disk) in config.disks.iter().enumerate() {
             let serial = disk.id.clone().unwrap_or_else(|| format!("disk{n}"));
-            add(Block::open(&BlockConfig {
+            let device = Block::open(&BlockConfig {
                 path: disk.path.clone(),
                 readonly: disk.readonly,
                 serial,
-            })?)?;
+            })?;
+            let behind = Behind::new(disk.iommu, disk.viommu.as_deref());
+            self.add_function(device, behind, interrupts)?;
         }
         for (n, net) in config.net.iter().enumerate() {
             let Mac(mac) = net.mac.unwrap_or_else(|| default_mac(n));
-            add(Net::open(NetConfig {
+            let device = Net::open(NetConfig {
                 tap: TapSource::Name(net.tap.clone()),
                 mac,
-            })?)?;
+            })?;
+            let behind = Behind::new(net.iommu, net.viommu.as_deref());
+            self.add_function(device, behind, interrupts)?;
         }
-        add(Rng::open(&config.rng.src)?)?;
+        let behind = Behind::new(config.rng.iommu, config.rng.viommu.as_deref());
+        self.add_function(Rng::open(&config.rng.src)?, behind, interrupts)?;
+
         let console =
             terminal_io::console(&config.console).map_err(|source| DeviceError::Host {
                 what: "a descriptor for the console",
@@ -187,9 +202,28 @@ impl Devices {
             })?;
         if let Some((console, input)) = console {
             self.console_input = input;
-            add(Console::open(console)?)?;
+            let behind = Behind::new(config.console.iommu, config.console.viommu.as_deref());
+            self.add_function(Console::open(console)?, behind, interrupts)?;
         }
         Ok(())
+    }
+
+    fn add_function(
+        &mut self,
+        device: Arc<dyn VirtioDevice>,
+        behind: Behind<'_>,
+        interrupts: &Arc<Interrupts>,
+    ) -> Result<Rid, DeviceError> {
+        let slot = self.root.reserve(Placement::Any)?;
+        let msi = interrupts.source(slot.rid(), None);
+        let port = self.viommus.port(slot.rid(), behind)?;
+        let function = VirtioPci::new(device, port, &*msi)?;
+        Ok(slot.fill(function)?)
+    }
+
+    /// The vIOMMUs.
+    pub(super) fn viommus(&self) -> &Viommus {
+        &self.viommus
     }
 
     /// Where vCPUs' exits go.
@@ -222,18 +256,6 @@ impl Drop for Devices {
             let _ = self.root.remove(rid);
         }
     }
-}
-
-fn add_function(
-    root: &Arc<PciRoot>,
-    device: Arc<dyn VirtioDevice>,
-    ram: &GuestRam,
-    interrupts: &Arc<Interrupts>,
-) -> Result<Rid, DeviceError> {
-    let slot = root.reserve(Placement::Any)?;
-    let msi = interrupts.source(slot.rid(), None);
-    let function = VirtioPci::new(device, DmaPort::direct(ram.clone()), &*msi)?;
-    Ok(slot.fill(function)?)
 }
 
 /// A locally administered address for the card at this position.

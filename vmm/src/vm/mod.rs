@@ -8,6 +8,7 @@ mod buses;
 mod devices;
 mod event_loop;
 mod terminal_io;
+mod viommus;
 
 use std::io;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use devices::DeviceError;
+pub use viommus::{ViommuError, ViommuStates};
 
 use self::devices::Devices;
 use self::event_loop::{OnSignal, Signals, Wake};
@@ -97,7 +99,6 @@ pub fn run(config: &Validated) -> Result<Outcome, VmError> {
 struct Vm {
     vcpus: Vec<kvm_ioctls::VcpuFd>,
     devices: Devices,
-    interrupts: Arc<Interrupts>,
     kvm: Arc<kvm::Vm>,
     events: Arc<EventLine>,
 }
@@ -116,7 +117,8 @@ impl Vm {
         let events = Arc::new(EventLine::new().map_err(host("an event descriptor"))?);
         let devices = Devices::new(config, &layout, &ram, &interrupts, &events)?;
 
-        let tables = acpi::tables(&platform(&layout, cpus), ACPI_AREA)?;
+        let extra: Vec<Vec<u8>> = devices.viommus().freeze().into_iter().collect();
+        let tables = acpi::tables(&platform(&layout, cpus, &extra), ACPI_AREA)?;
         ram.write_slice(&tables.bytes, GuestAddress(tables.at))
             .map_err(|_| BootError::Write { at: tables.at })?;
 
@@ -130,7 +132,6 @@ impl Vm {
         Ok(Self {
             vcpus,
             devices,
-            interrupts,
             kvm,
             events,
         })
@@ -145,10 +146,10 @@ impl Vm {
         let exits: Arc<dyn Exits> = Arc::new(self.devices.buses().clone());
         let vcpus = std::mem::take(&mut self.vcpus);
         let mut threads = VcpuThreads::start(&self.kvm, vcpus, &exits, &self.events)?;
-        let interrupts = self.interrupts.clone();
+        let units = self.devices.viommus().units();
         let button = self.devices.power_button();
         let on_signal = OnSignal {
-            user1: Box::new(move || eprintln!("{interrupts:?}")),
+            user1: Box::new(move || print_state(&units)),
             power: Box::new(move || {
                 button.set(true);
                 button.set(false);
@@ -160,7 +161,15 @@ impl Vm {
     }
 }
 
-fn platform(layout: &layout::Layout, vcpus: u8) -> Platform<'_> {
+/// Prints the live state as one line of JSON.
+fn print_state(units: &[Arc<viommu::vtd::Unit>]) {
+    match serde_json::to_string(&viommus::states(units)) {
+        Ok(text) => eprintln!("{text}"),
+        Err(why) => log::error!("the state cannot be printed: {why}"),
+    }
+}
+
+fn platform<'a>(layout: &'a layout::Layout, vcpus: u8, extra: &'a [Vec<u8>]) -> Platform<'a> {
     use ::devices::legacy::{AcpiPower, SerialPort};
     let power = |offset: u64| devices::ACPI_POWER_PORT + offset as u16;
     Platform {
@@ -174,6 +183,6 @@ fn platform(layout: &layout::Layout, vcpus: u8) -> Platform<'_> {
         reset: (power(AcpiPower::RESET), AcpiPower::RESET_VALUE),
         power_button_gsi: devices::POWER_BUTTON_PIN.into(),
         serial: (SerialPort::COM1 as u16, SerialPort::COM1_IRQ.into()),
-        extra: &[],
+        extra,
     }
 }
