@@ -18,6 +18,7 @@ use crate::spec::virtio_iommu as spec;
 pub struct Iommu {
     engine: Mutex<Engine>,
     faults: Arc<Faults>,
+    longest_reply: usize,
 }
 
 /// What a unit holds, for `vm.viommu`.
@@ -85,6 +86,7 @@ impl Iommu {
         Self {
             engine: Mutex::new(Engine::new(config, Arc::clone(&faults))),
             faults,
+            longest_reply: config.probe_size as usize + size_of::<spec::ReqTail>(),
         }
     }
 
@@ -118,6 +120,11 @@ impl Iommu {
     /// Sets the features that the driver accepted; the rest of the device acts by them.
     pub fn set_features(&self, features: u64) {
         self.lock().features = features & Config::FEATURES;
+    }
+
+    /// The length of the longest reply, in bytes.
+    pub fn longest_reply(&self) -> usize {
+        self.longest_reply
     }
 
     /// The configuration space.

@@ -340,7 +340,7 @@ impl Mappings {
             to,
             entries: room.unwrap_or_else(|| Vec::with_capacity(LEAF)),
         };
-        let at = match self.spare.pop() {
+        match self.spare.pop() {
             Some(at) => {
                 self.leaves[at] = leaf;
                 at
@@ -349,8 +349,7 @@ impl Mappings {
                 self.leaves.push(leaf);
                 self.leaves.len() - 1
             }
-        };
-        at
+        }
     }
 
     /// Makes room in a full leaf and inserts. At its ends a new leaf is begun, so that ascending

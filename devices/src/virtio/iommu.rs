@@ -1,0 +1,319 @@
+//! virtio-iommu (virtio 1.3, 5.13): the rings around [`viommu::virtio::Iommu`].
+//!
+//! Linux waits for a request with interrupts off, so requests are served on the vCPU thread that
+//! kicks, all that are there together: popped, served, and only then answered. Fault reports go
+//! to the event queue on whatever thread the fault happens.
+//!
+//! A reset of the function is a device reset. After a system reset the VMM also calls
+//! [`Iommu::system_reset`].
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use viommu::dma::DmaPort;
+use viommu::spec::virtio_iommu as spec;
+use viommu::virtio::decode::MAX_READABLE;
+use viommu::virtio::{Chain as Request, Config, Iommu, Reply};
+use vm_memory::{GuestMemory, Permissions};
+
+use super::buffers;
+use super::device::{Activation, DeviceType, VirtioDevice, VirtioInterrupt};
+use super::ring::{Broken, Buffer, Chain, RING_FEATURES, Ring};
+
+/// Room for many unsynchronised MAPs of the driver before it has to wait.
+const REQUESTS: u16 = 1024;
+/// As many reports as the driver cares to have buffers for.
+const EVENTS: u16 = 64;
+/// Requests that are served together.
+const BATCH: usize = 128;
+/// Batches per kick. Only a driver that adds requests without end, from another vCPU, gets here;
+/// what is left waits for its next kick, so that no vCPU thread is held for ever.
+const MOST_BATCHES: usize = 1024;
+
+/// The device.
+///
+/// Locks: `requests`, then the unit's own, then `events`.
+pub struct VirtioIommu {
+    unit: Arc<Iommu>,
+    requests: Mutex<Option<Requests>>,
+    events: Mutex<Option<Events>>,
+}
+
+/// The request queue of an active device, and room for what is in work.
+struct Requests {
+    ring: Ring,
+    dma: DmaPort,
+    interrupt: Arc<dyn VirtioInterrupt>,
+    batch: Vec<Fetched>,
+    replies: Vec<Reply>,
+}
+
+/// A request that was fetched from memory.
+struct Fetched {
+    chain: Chain,
+    readable: [u8; MAX_READABLE],
+    readable_length: usize,
+    /// Bytes that a reply can have.
+    writable: usize,
+}
+
+impl Default for Fetched {
+    fn default() -> Self {
+        Self {
+            chain: Chain::default(),
+            readable: [0; MAX_READABLE],
+            readable_length: 0,
+            writable: 0,
+        }
+    }
+}
+
+/// The event queue of an active device.
+struct Events {
+    ring: Ring,
+    dma: DmaPort,
+    interrupt: Arc<dyn VirtioInterrupt>,
+    chain: Chain,
+}
+
+impl VirtioIommu {
+    /// The device of `unit`. There is one for a unit.
+    pub fn new(unit: Arc<Iommu>) -> Arc<Self> {
+        let device = Arc::new(Self {
+            unit: Arc::clone(&unit),
+            requests: Mutex::new(None),
+            events: Mutex::new(None),
+        });
+        let weak = Arc::downgrade(&device);
+        unit.on_fault(move || {
+            if let Some(device) = weak.upgrade() {
+                device.report();
+            }
+        });
+        device
+    }
+
+    fn requests(&self) -> MutexGuard<'_, Option<Requests>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn events(&self) -> MutexGuard<'_, Option<Events>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves the request queue.
+    fn serve(&self) {
+        let mut requests = self.requests();
+        if let Some(active) = &mut *requests
+            && let Err(broken) = active.serve(&self.unit)
+        {
+            log::warn!("virtio-iommu needs a reset by the guest: {broken}");
+            active.interrupt.needs_reset();
+            *requests = None;
+        }
+    }
+
+    /// Brings fault reports to the event queue, as long as there are reports and buffers.
+    fn report(&self) {
+        let mut events = self.events();
+        if let Some(active) = &mut *events
+            && let Err(broken) = active.report(&self.unit)
+        {
+            log::warn!("virtio-iommu needs a reset by the guest: {broken}");
+            active.interrupt.needs_reset();
+            *events = None;
+        }
+    }
+}
+
+impl VirtioDevice for VirtioIommu {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Iommu
+    }
+
+    fn features(&self) -> u64 {
+        Config::FEATURES | RING_FEATURES
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[REQUESTS, EVENTS]
+    }
+
+    /// The driver may write the configuration from now on, before it is ready.
+    fn accepts(&self, features: u64) -> bool {
+        self.unit.set_features(features);
+        true
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        let space = self.unit.config_space();
+        let from = space.get(offset as usize..).unwrap_or_default();
+        for (n, byte) in data.iter_mut().enumerate() {
+            *byte = from.get(n).copied().unwrap_or(0);
+        }
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) {
+        self.unit.write_config(offset.into(), data);
+    }
+
+    fn activate(&self, activation: Activation) -> io::Result<()> {
+        self.unit.set_features(activation.features);
+        let mut queues = activation.queues.into_iter();
+        let mut next = || Some(queues.next().flatten()?.ring);
+        let (requestq, eventq) = (next(), next());
+        *self.requests() = requestq.map(|ring| Requests {
+            ring,
+            dma: activation.dma.clone(),
+            interrupt: Arc::clone(&activation.interrupt),
+            batch: Vec::new(),
+            replies: Vec::with_capacity(BATCH),
+        });
+        *self.events() = eventq.map(|ring| Events {
+            ring,
+            dma: activation.dma,
+            interrupt: activation.interrupt,
+            chain: Chain::default(),
+        });
+        Ok(())
+    }
+
+    fn notifies_inline(&self) -> bool {
+        true
+    }
+
+    fn notify(&self, index: u16) {
+        match index {
+            spec::REQUESTQ => self.serve(),
+            spec::EVENTQ => self.report(),
+            _ => {}
+        }
+    }
+
+    fn reset(&self) {
+        *self.requests() = None;
+        *self.events() = None;
+        self.unit.reset();
+    }
+}
+
+impl Requests {
+    fn serve(&mut self, unit: &Iommu) -> Result<(), Broken> {
+        for _ in 0..MOST_BATCHES {
+            let count = self.fetch(unit)?;
+            if count == 0 {
+                return Ok(());
+            }
+            // No access to memory is held meanwhile: what the requests remove may have to wait
+            // for every access there is.
+            let served = self.batch[..count].iter().map(|fetched| Request {
+                readable: &fetched.readable[..fetched.readable_length],
+                writable: fetched.writable,
+            });
+            unit.serve(served, &mut self.replies);
+            self.answer(count)?;
+        }
+        Ok(())
+    }
+
+    /// Fetches requests to the front of `batch`. None left means that the driver will kick.
+    fn fetch(&mut self, unit: &Iommu) -> Result<usize, Broken> {
+        let access = self.dma.access();
+        let most = unit.longest_reply();
+        let mut count = 0;
+        while count < BATCH {
+            if self.batch.len() == count {
+                self.batch.push(Fetched::default());
+            }
+            let fetched = &mut self.batch[count];
+            if self.ring.pop(&access, &mut fetched.chain)? {
+                fetched.fetch(&access, most);
+                count += 1;
+            } else if count > 0 || !self.ring.enable_kicks(&access)? {
+                break;
+            }
+        }
+        Ok(count)
+    }
+
+    fn answer(&mut self, count: usize) -> Result<(), Broken> {
+        let access = self.dma.access();
+        for (fetched, reply) in self.batch[..count].iter().zip(&self.replies) {
+            let chain = &fetched.chain;
+            // It could be written a moment ago.
+            let used = buffers::copy_out(&access, &chain.writable, reply.bytes()).unwrap_or(0);
+            self.ring.push(&access, chain.head(), used as u32)?;
+        }
+        if self.ring.wants_interrupt(&access)? {
+            self.interrupt.queue(spec::REQUESTQ);
+        }
+        Ok(())
+    }
+}
+
+impl Fetched {
+    /// Copies what the device may read, and sees how much of a reply of at most `most` bytes can
+    /// be written. What cannot be accessed is as if it were not there.
+    fn fetch<M: GuestMemory>(&mut self, memory: &M, most: usize) {
+        let length = self.chain.readable_length().min(MAX_READABLE);
+        let readable = &mut self.readable[..length];
+        let fetched = buffers::copy_in(memory, &self.chain.readable, readable);
+        self.readable_length = if fetched { length } else { 0 };
+        self.writable = writable(memory, &self.chain.writable, most);
+    }
+}
+
+/// How many bytes at the front of `buffers` can be written, if that matters: at most `most`, else
+/// their whole length.
+fn writable<M: GuestMemory>(memory: &M, buffers: &[Buffer], most: usize) -> usize {
+    let mut length = 0;
+    for buffer in buffers {
+        let count = buffer.length as usize;
+        let needed = count.min(most.saturating_sub(length));
+        let wraps = buffer.address.0.checked_add(needed as u64).is_none();
+        if needed > 0 && (wraps || !memory.check_range(buffer.address, needed, Permissions::Write))
+        {
+            break;
+        }
+        length += count;
+    }
+    length
+}
+
+impl Events {
+    fn report(&mut self, unit: &Iommu) -> Result<(), Broken> {
+        let access = self.dma.access();
+        let mut told = false;
+        // A buffer that is too small is given back empty (5.13.6.9); there are at most as many as
+        // the ring has.
+        for _ in 0..u32::from(self.ring.size()) * 2 {
+            if !self.ring.pop(&access, &mut self.chain)? {
+                if self.ring.enable_kicks(&access)? {
+                    continue;
+                }
+                break;
+            }
+            let room = writable(&access, &self.chain.writable, size_of::<spec::Fault>());
+            let mut used = 0;
+            if room >= size_of::<spec::Fault>() {
+                let Some(fault) = unit.next_fault() else {
+                    self.ring.unpop();
+                    break;
+                };
+                let bytes: [u8; size_of::<spec::Fault>()] = zerocopy::transmute!(fault);
+                used = buffers::copy_out(&access, &self.chain.writable, &bytes).unwrap_or(0);
+            }
+            self.ring.push(&access, self.chain.head(), used as u32)?;
+            told = true;
+        }
+        if told && self.ring.wants_interrupt(&access)? {
+            self.interrupt.queue(spec::EVENTQ);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
