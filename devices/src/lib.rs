@@ -6,6 +6,7 @@
 pub mod bus;
 pub mod interrupt;
 pub mod legacy;
+pub mod passthrough;
 pub mod pci;
 pub mod testdev;
 pub mod virtio;

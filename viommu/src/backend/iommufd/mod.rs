@@ -9,14 +9,14 @@
 //!   nested tables (by guest table)           = Stage1
 //! ```
 //!
-//! How each [`Translation`] is made true:
+//! How each [`Translation`](super::Translation) is made true:
 //!
 //! | wanted | how |
 //! |---|---|
 //! | Blocked | detached: the kernel's blocking domain ([`AttachDevice`]) |
 //! | Identity | attached to the parent |
 //! | Stage1 | a nested table on the parent, shared by equal (table, flags, parent) |
-//! | Stage2 | [`shadow`]: mirrored into an address space of its own |
+//! | Stage2 | mirrored into an address space of its own |
 //! | Domain | an address space of its own, copied from guest memory |
 //! | Nested | refused: the hardware has two stages |
 //!

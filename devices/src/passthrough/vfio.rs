@@ -1,0 +1,614 @@
+//! The host's VFIO, one device: the calls that [`VfioPci`](super::VfioPci) needs, behind a trait so
+//! that tests have devices without hardware.
+//!
+//! Direct calls on vfio-bindings: vfio-ioctls makes an address space of its own for each VM,
+//! swallows errors of register accesses and of resets, and detaches requests without PASID only.
+
+use std::fs::{File, OpenOptions, read_dir};
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio as sys;
+use viommu::Pasid;
+use viommu::backend::iommufd::AttachDevice;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Why a device could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It is not bound to a VFIO driver.
+    #[error(
+        "{0} has no VFIO device: bind it to vfio-pci first (nestling doctor prints the commands)"
+    )]
+    NotBound(PathBuf),
+    /// The node is there and cannot be opened.
+    #[error("{path} cannot be opened: {source}; another VM may have it, or this user may not")]
+    Open {
+        /// The device node.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel does not give it to this iommufd.
+    #[error("{path} cannot be bound to iommufd: {reason}")]
+    Bind {
+        /// The device.
+        path: PathBuf,
+        /// What the error number means here.
+        reason: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A call that every VFIO PCI device answers failed.
+    #[error("{call} failed for {path}; is this a PCI device?")]
+    Call {
+        /// The device.
+        path: PathBuf,
+        /// The call, by the kernel's name.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What a bind error means (contract A1).
+fn bind_reason(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => "the host does not remap interrupts, or another process owns its \
+             group; if the guest is trusted: modprobe iommufd allow_unsafe_interrupts=1"
+            .into(),
+        Some(libc::EBUSY) => {
+            "its group is in use by a host driver or another VM (nestling doctor names it)".into()
+        }
+        Some(libc::EINVAL) => {
+            "the firmware reserves memory for it (RMRR), or its IOMMU is not coherent".into()
+        }
+        Some(libc::ENODEV) => "it stands behind no IOMMU; enable VT-d in the firmware".into(),
+        _ => error.to_string(),
+    }
+}
+
+/// One region of a device: a base address register, the ROM, configuration space.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Region {
+    /// Bytes; 0 when the device has none.
+    pub length: u64,
+    /// Parts (offset, length) that may be mapped into the guest; empty when none may.
+    pub mappable: Vec<(u64, u64)>,
+}
+
+/// Device memory that is mapped into this process, and from here into the guest.
+#[derive(Debug)]
+pub struct Mapping {
+    address: NonNull<libc::c_void>,
+    length: usize,
+}
+
+// SAFETY: the address is a number here: this type never reads or writes through it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; there is nothing to race for.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Where it is in this process.
+    pub fn address(&self) -> u64 {
+        self.address.as_ptr() as u64
+    }
+
+    /// Bytes.
+    pub fn length(&self) -> u64 {
+        self.length as u64
+    }
+
+    /// Maps `length` bytes of `file` at `offset`.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn new(file: BorrowedFd<'_>, offset: u64, length: u64) -> io::Result<Self> {
+        let length = usize::try_from(length).map_err(io::Error::other)?;
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: the kernel chooses a free place, so no other memory of ours changes.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        match NonNull::new(address) {
+            Some(address) if address.as_ptr() != libc::MAP_FAILED => Ok(Self { address, length }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this range was mapped by `new`, and nothing refers to it: whoever gave it to
+        // KVM keeps this value until the slot is gone.
+        unsafe { libc::munmap(self.address.as_ptr(), self.length) };
+    }
+}
+
+/// The interrupts of a device (`VFIO_PCI_*_IRQ_INDEX`).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u32)]
+pub enum Irq {
+    /// The line.
+    Intx = sys::VFIO_PCI_INTX_IRQ_INDEX,
+    /// MSI.
+    Msi = sys::VFIO_PCI_MSI_IRQ_INDEX,
+    /// MSI-X.
+    Msix = sys::VFIO_PCI_MSIX_IRQ_INDEX,
+    /// An uncorrected error happened: the device is not usable.
+    Error = sys::VFIO_PCI_ERR_IRQ_INDEX,
+    /// The host wants the device back.
+    Request = sys::VFIO_PCI_REQ_IRQ_INDEX,
+}
+
+/// The region that is configuration space.
+pub const CONFIG: u32 = sys::VFIO_PCI_CONFIG_REGION_INDEX;
+
+/// What a passed-through device is made of.
+pub trait Hardware: Send + Sync {
+    /// Reads `data.len()` bytes of `region`.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn read(&self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()>;
+
+    /// Writes `data` to `region`.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// What `region` is; a region that does not exist has length 0.
+    fn region(&self, region: u32) -> Region;
+
+    /// Maps a part of `region`, which is within what it says is mappable.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn map(&self, region: u32, offset: u64, length: u64) -> io::Result<Arc<Mapping>>;
+
+    /// How many interrupts of a kind there are; 0 when there are none.
+    fn interrupts(&self, irq: Irq) -> u32;
+
+    /// Connects the first interrupts of a kind to `eventfds`; none disables the kind.
+    ///
+    /// # Errors
+    /// The host has no more interrupt vectors.
+    fn connect(&self, irq: Irq, eventfds: &[BorrowedFd<'_>]) -> io::Result<()>;
+
+    /// Lets the line interrupt again; it masks itself whenever it does.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn unmask_line(&self) -> io::Result<()>;
+
+    /// Function-level reset, or the next best that the device has.
+    ///
+    /// # Errors
+    /// The device cannot be reset.
+    fn reset(&self) -> io::Result<()>;
+
+    /// Device memory as a dma-buf, for the DMA of other devices.
+    ///
+    /// # Errors
+    /// `ENOTTY` or `EOPNOTSUPP` on hosts without P2P.
+    fn export(&self, region: u32, offset: u64, length: u64) -> io::Result<OwnedFd>;
+}
+
+/// `_IO(';', 100 + n)`
+const fn number(n: u32) -> libc::c_ulong {
+    (b';' as u32 * 256 + 100 + n) as libc::c_ulong
+}
+
+const DEVICE_GET_INFO: libc::c_ulong = number(7);
+const DEVICE_GET_REGION_INFO: libc::c_ulong = number(8);
+const DEVICE_GET_IRQ_INFO: libc::c_ulong = number(9);
+const DEVICE_SET_IRQS: libc::c_ulong = number(10);
+const DEVICE_RESET: libc::c_ulong = number(11);
+const DEVICE_FEATURE: libc::c_ulong = number(17);
+const DEVICE_BIND_IOMMUFD: libc::c_ulong = number(18);
+const DEVICE_ATTACH_IOMMUFD_PT: libc::c_ulong = number(19);
+const DEVICE_DETACH_IOMMUFD_PT: libc::c_ulong = number(20);
+
+/// A VFIO device descriptor.
+#[derive(Debug)]
+pub struct VfioDevice {
+    file: File,
+    path: PathBuf,
+    /// Offset of each region in the descriptor.
+    regions: Vec<(u64, Region)>,
+    can_reset: bool,
+}
+
+impl VfioDevice {
+    /// Opens the character device of the function at `sysfs` (`/sys/bus/pci/devices/…`) and binds
+    /// it to `iommufd`. Returns it with its bind id; its DMA is blocked.
+    ///
+    /// # Errors
+    /// Why not, with the remedy.
+    pub fn open(sysfs: &Path, iommufd: BorrowedFd<'_>) -> Result<(Self, u32), OpenError> {
+        let name = read_dir(sysfs.join("vfio-dev"))
+            .ok()
+            .and_then(|mut entries| entries.next()?.ok())
+            .ok_or_else(|| OpenError::NotBound(sysfs.into()))?
+            .file_name();
+        let path = Path::new("/dev/vfio/devices").join(name);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|source| OpenError::Open {
+                path: path.clone(),
+                source,
+            })?;
+        Self::bind(file, path, iommufd)
+    }
+
+    /// Binds a character device that was passed in; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn bind(
+        file: File,
+        path: PathBuf,
+        iommufd: BorrowedFd<'_>,
+    ) -> Result<(Self, u32), OpenError> {
+        let mut argument = sys::vfio_device_bind_iommufd {
+            argsz: size_of::<sys::vfio_device_bind_iommufd>() as u32,
+            iommufd: iommufd.as_raw_fd(),
+            ..Default::default()
+        };
+        call(&file, DEVICE_BIND_IOMMUFD, &mut argument).map_err(|source| OpenError::Bind {
+            path: path.clone(),
+            reason: bind_reason(&source),
+            source,
+        })?;
+        Ok((Self::describe(file, path)?, argument.out_devid))
+    }
+
+    /// A descriptor that can be used already (bound, or from a group).
+    ///
+    /// # Errors
+    /// [`OpenError::Call`] for what is not a VFIO PCI device.
+    pub fn describe(file: File, path: PathBuf) -> Result<Self, OpenError> {
+        let mut info = sys::vfio_device_info {
+            argsz: size_of::<sys::vfio_device_info>() as u32,
+            ..Default::default()
+        };
+        let result = call(&file, DEVICE_GET_INFO, &mut info).and_then(|()| {
+            if info.flags & sys::VFIO_DEVICE_FLAGS_PCI == 0 {
+                return Err(io::Error::from_raw_os_error(libc::ENODEV));
+            }
+            Ok(())
+        });
+        result.map_err(|source| OpenError::Call {
+            path: path.clone(),
+            call: "VFIO_DEVICE_GET_INFO",
+            source,
+        })?;
+        let regions = (0..info.num_regions.min(sys::VFIO_PCI_NUM_REGIONS))
+            .map(|index| region(&file, index).unwrap_or_default())
+            .collect();
+        Ok(Self {
+            can_reset: info.flags & sys::VFIO_DEVICE_FLAGS_RESET != 0,
+            regions,
+            file,
+            path,
+        })
+    }
+
+    fn at(&self, region: u32, offset: u64, length: usize) -> io::Result<u64> {
+        let outside = || io::Error::from_raw_os_error(libc::EINVAL);
+        let (start, region) = self.regions.get(region as usize).ok_or_else(outside)?;
+        let end = offset.checked_add(length as u64).ok_or_else(outside)?;
+        if end > region.length {
+            return Err(outside());
+        }
+        Ok(start + offset)
+    }
+}
+
+impl AsFd for VfioDevice {
+    /// For KVM's VFIO device, which lets a guest flush caches.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn call<T>(file: &File, number: libc::c_ulong, argument: &mut T) -> io::Result<()> {
+    // SAFETY: every caller pairs the number with the structure that the kernel defines for it,
+    // whose `argsz` is no more than its size; pointers inside are to memory that outlives the
+    // call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), number, argument) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Words of a region's description: the structure, then room for its capabilities.
+const REGION_WORDS: usize = 128;
+
+fn region(file: &File, index: u32) -> io::Result<(u64, Region)> {
+    let mut words = [0u64; REGION_WORDS];
+    words[0] = size_of::<[u64; REGION_WORDS]>() as u64; // argsz, flags
+    words[1] = index.into(); // index, cap_offset
+    call(file, DEVICE_GET_REGION_INFO, &mut words)?;
+    Ok(decode_region(&words))
+}
+
+/// `struct vfio_region_info` and its chain of capabilities.
+fn decode_region(words: &[u64; REGION_WORDS]) -> (u64, Region) {
+    let dword = |at: usize| {
+        let word = words.get(at / 8).copied().unwrap_or(0);
+        (word >> (8 * (at as u64 & 4))) as u32
+    };
+    let qword = |at: usize| u64::from(dword(at)) | u64::from(dword(at + 4)) << 32;
+    let (flags, length, offset) = (dword(4), words[2], words[3]);
+    let mut mappable = Vec::new();
+    if flags & sys::VFIO_REGION_INFO_FLAG_MMAP != 0 {
+        mappable.push((0, length));
+    }
+    let mut next = dword(12) as usize;
+    // As many capabilities as there is room for: the chain is the kernel's, but bounded all the
+    // same.
+    for _ in 0..REGION_WORDS {
+        let inside = (32..REGION_WORDS * 8).contains(&next);
+        if flags & sys::VFIO_REGION_INFO_FLAG_CAPS == 0 || !inside {
+            break;
+        }
+        if dword(next) & 0xffff == sys::VFIO_REGION_INFO_CAP_SPARSE_MMAP {
+            let count = dword(next + 8) as usize;
+            mappable = (0..count.min(REGION_WORDS))
+                .map(|index| next + 16 + 16 * index)
+                .map(|at| (qword(at), qword(at + 8)))
+                .filter(|&(_, length)| length != 0)
+                .collect();
+        }
+        next = dword(next + 4) as usize;
+    }
+    (offset, Region { length, mappable })
+}
+
+impl Hardware for VfioDevice {
+    fn read(&self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let at = self.at(region, offset, data.len())?;
+        self.file.read_exact_at(data, at)
+    }
+
+    fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        let at = self.at(region, offset, data.len())?;
+        self.file.write_all_at(data, at)
+    }
+
+    fn region(&self, region: u32) -> Region {
+        let found = self.regions.get(region as usize);
+        found.map(|(_, region)| region.clone()).unwrap_or_default()
+    }
+
+    fn map(&self, region: u32, offset: u64, length: u64) -> io::Result<Arc<Mapping>> {
+        let at = self.at(
+            region,
+            offset,
+            usize::try_from(length).map_err(io::Error::other)?,
+        )?;
+        Mapping::new(self.file.as_fd(), at, length).map(Arc::new)
+    }
+
+    fn interrupts(&self, irq: Irq) -> u32 {
+        let mut info = sys::vfio_irq_info {
+            argsz: size_of::<sys::vfio_irq_info>() as u32,
+            index: irq as u32,
+            ..Default::default()
+        };
+        match call(&self.file, DEVICE_GET_IRQ_INFO, &mut info) {
+            Ok(()) if info.flags & sys::VFIO_IRQ_INFO_EVENTFD != 0 => info.count,
+            _ => 0,
+        }
+    }
+
+    fn connect(&self, irq: Irq, eventfds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let data = if eventfds.is_empty() {
+            sys::VFIO_IRQ_SET_DATA_NONE
+        } else {
+            sys::VFIO_IRQ_SET_DATA_EVENTFD
+        };
+        let flags = data | sys::VFIO_IRQ_SET_ACTION_TRIGGER;
+        self.set_irqs(irq, flags, eventfds.len(), eventfds)
+    }
+
+    fn unmask_line(&self) -> io::Result<()> {
+        let flags = sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_UNMASK;
+        self.set_irqs(Irq::Intx, flags, 1, &[])
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        if !self.can_reset {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        // SAFETY: this call has no argument.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), DEVICE_RESET) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    fn export(&self, region: u32, offset: u64, length: u64) -> io::Result<OwnedFd> {
+        // struct vfio_device_feature, then vfio_device_feature_dma_buf with one range
+        let mut words = [0u32; 10];
+        words[0] = size_of::<[u32; 10]>() as u32;
+        words[1] = sys::VFIO_DEVICE_FEATURE_GET | sys::VFIO_DEVICE_FEATURE_DMA_BUF;
+        words[2] = region;
+        words[3] = (libc::O_RDWR | libc::O_CLOEXEC) as u32;
+        words[5] = 1;
+        words[6..8].copy_from_slice(&[offset as u32, (offset >> 32) as u32]);
+        words[8..].copy_from_slice(&[length as u32, (length >> 32) as u32]);
+        // SAFETY: the words are laid out as the kernel's two structures, `argsz` is their size.
+        let fd = unsafe { libc::ioctl(self.file.as_raw_fd(), DEVICE_FEATURE, &mut words) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}
+
+impl VfioDevice {
+    /// `struct vfio_irq_set` with its descriptors, as words.
+    fn set_irqs(
+        &self,
+        irq: Irq,
+        flags: u32,
+        count: usize,
+        eventfds: &[BorrowedFd<'_>],
+    ) -> io::Result<()> {
+        let mut words = vec![0, flags, irq as u32, 0, count as u32];
+        words.extend(eventfds.iter().map(|fd| fd.as_raw_fd() as u32));
+        words[0] = 4 * words.len() as u32;
+        // SAFETY: `argsz` is the length of the words in bytes, and they hold `count` descriptors
+        // where the flags say that there are any.
+        let result =
+            unsafe { libc::ioctl(self.file.as_raw_fd(), DEVICE_SET_IRQS, words.as_mut_ptr()) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl AttachDevice for VfioDevice {
+    fn attach(&self, pasid: Option<Pasid>, hwpt: u32) -> io::Result<()> {
+        let mut argument = sys::vfio_device_attach_iommufd_pt {
+            argsz: size_of::<sys::vfio_device_attach_iommufd_pt>() as u32,
+            pt_id: hwpt,
+            ..Default::default()
+        };
+        match pasid {
+            Some(Pasid(pasid)) => {
+                argument.flags = sys::VFIO_DEVICE_ATTACH_PASID;
+                argument.pasid = pasid;
+            }
+            // The shorter structure, which kernels without PASIDs know as well.
+            None => argument.argsz = 12,
+        }
+        call(&self.file, DEVICE_ATTACH_IOMMUFD_PT, &mut argument)
+    }
+
+    fn detach(&self, pasid: Option<Pasid>) -> io::Result<()> {
+        let mut argument = sys::vfio_device_detach_iommufd_pt {
+            argsz: size_of::<sys::vfio_device_detach_iommufd_pt>() as u32,
+            ..Default::default()
+        };
+        match pasid {
+            Some(Pasid(pasid)) => {
+                argument.flags = sys::VFIO_DEVICE_DETACH_PASID;
+                argument.pasid = pasid;
+            }
+            None => argument.argsz = 8,
+        }
+        call(&self.file, DEVICE_DETACH_IOMMUFD_PT, &mut argument)
+    }
+
+    fn stop(&self) {
+        const COMMAND: u64 = 4;
+        const BUS_MASTER: u16 = 1 << 2;
+        let mut command = [0; 2];
+        let stopped = self.read(CONFIG, COMMAND, &mut command).and_then(|()| {
+            let off = u16::from_le_bytes(command) & !BUS_MASTER;
+            self.write(CONFIG, COMMAND, &off.to_le_bytes())
+        });
+        if let Err(error) = stopped {
+            log::error!("{}: bus mastering stays on: {error}", self.path.display());
+        }
+    }
+}
+
+/// An eventfd's descriptor, as VFIO takes it.
+pub(super) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: an eventfd's descriptor is its own, and stays open as long as it is borrowed.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_abi_has_the_numbers_and_sizes_of_linux_7_2() {
+        assert_eq!(DEVICE_GET_INFO, 0x3b6b);
+        assert_eq!(DEVICE_GET_REGION_INFO, 0x3b6c);
+        assert_eq!(DEVICE_GET_IRQ_INFO, 0x3b6d);
+        assert_eq!(DEVICE_SET_IRQS, 0x3b6e);
+        assert_eq!(DEVICE_RESET, 0x3b6f);
+        assert_eq!(DEVICE_FEATURE, 0x3b75);
+        assert_eq!(DEVICE_BIND_IOMMUFD, 0x3b76);
+        assert_eq!(DEVICE_ATTACH_IOMMUFD_PT, 0x3b77);
+        assert_eq!(DEVICE_DETACH_IOMMUFD_PT, 0x3b78);
+        assert_eq!(size_of::<sys::vfio_device_bind_iommufd>(), 24);
+        assert_eq!(size_of::<sys::vfio_device_attach_iommufd_pt>(), 16);
+        assert_eq!(size_of::<sys::vfio_device_detach_iommufd_pt>(), 12);
+    }
+
+    fn description(flags: u32, cap: u32, length: u64) -> [u64; REGION_WORDS] {
+        let mut words = [0; REGION_WORDS];
+        words[0] = u64::from(flags) << 32;
+        words[1] = u64::from(cap) << 32;
+        words[2] = length;
+        words[3] = 0x100_0000_0000;
+        words
+    }
+
+    #[test]
+    fn a_region_without_mmap_is_trapped_whole() {
+        let (offset, region) = decode_region(&description(3, 0, 0x1000));
+        assert_eq!(offset, 0x100_0000_0000);
+        assert_eq!(region.length, 0x1000);
+        assert!(region.mappable.is_empty());
+    }
+
+    #[test]
+    fn sparse_areas_are_what_may_be_mapped() {
+        let mut words = description(0xf, 32, 0x4000);
+        words[4] = 1 | 1 << 16; // sparse mmap, version 1, no next
+        words[5] = 2; // two areas
+        words[6..10].copy_from_slice(&[0, 0x1000, 0x2000, 0x2000]);
+        let (_, region) = decode_region(&words);
+        assert_eq!(region.mappable, [(0, 0x1000), (0x2000, 0x2000)]);
+    }
+
+    #[test]
+    fn a_circular_chain_of_capabilities_ends() {
+        let mut words = description(0xf, 32, 0x4000);
+        words[4] = 2 | 32 << 32;
+        let (_, region) = decode_region(&words);
+        assert_eq!(region.mappable, [(0, 0x4000)]);
+    }
+
+    #[test]
+    fn what_is_not_bound_is_refused_with_the_way_to_bind_it() {
+        let file = File::open("/dev/null").unwrap();
+        let error = VfioDevice::open(Path::new("/nonexistent"), file.as_fd()).unwrap_err();
+        assert!(error.to_string().contains("vfio-pci"), "{error}");
+        let error = VfioDevice::bind(file.try_clone().unwrap(), "/dev/null".into(), file.as_fd())
+            .unwrap_err();
+        assert!(matches!(error, OpenError::Bind { .. }));
+        let error = VfioDevice::describe(file, "/dev/null".into()).unwrap_err();
+        assert!(matches!(error, OpenError::Call { .. }));
+    }
+}
