@@ -368,3 +368,219 @@ pub struct Express {
     /// End-End TLP prefixes are sent: needed for PASID.
     pub end_end_tlp_prefix: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::bar::BarKind;
+    use super::*;
+
+    fn identity() -> Identity {
+        Identity {
+            vendor: 0x1af4,
+            device: 0x1042,
+            revision: 1,
+            class: 0x01_80_00,
+            subsystem_vendor: 0x1af4,
+            subsystem: 0x1100,
+        }
+    }
+
+    /// A function with one of everything.
+    fn sample() -> ConfigSpace {
+        let mut config = ConfigSpace::new(identity());
+        config.add_bar(Bar::memory64(0, 0x8000)).unwrap();
+        config
+            .add_bar(Bar {
+                index: 2,
+                kind: BarKind::Memory32,
+                prefetchable: true,
+                length: 0x1000,
+            })
+            .unwrap();
+        config
+            .add_bar(Bar {
+                index: 3,
+                kind: BarKind::Io,
+                prefetchable: false,
+                length: 0x20,
+            })
+            .unwrap();
+        config
+            .add_express_endpoint(Express {
+                function_level_reset: false,
+                end_end_tlp_prefix: true,
+            })
+            .unwrap();
+        config.add_capability(0x09, &[1, 2, 3], &[0, 0xf0]).unwrap();
+        config
+            .add_extended_capability(0x1b, 1, &[0xff, 0, 0, 0], &[0, 0, 7, 0])
+            .unwrap();
+        config
+            .add_extended_capability(0x0f, 1, &[0; 4], &[0, 0, 0x1f, 0x80])
+            .unwrap();
+        config
+    }
+
+    fn put(config: &mut ConfigSpace, offset: u16, value: u32) {
+        let _ = config.write(offset, &value.to_le_bytes());
+    }
+
+    #[test]
+    fn a_register_answers_the_sizing_protocol() {
+        let mut config = sample();
+        for (offset, before, sized) in [
+            (0x10, 4, 0xffff_8004),
+            (0x14, 0, 0xffff_ffff),
+            (0x18, 8, 0xffff_f008),
+            (0x1c, 1, 0x0000_ffe1),
+            (0x20, 0, 0),
+            (0x30, 0, 0),
+        ] {
+            assert_eq!(config.dword(offset), before);
+            put(&mut config, offset, u32::MAX);
+            assert_eq!(config.dword(offset), sized, "{offset:#x}");
+            put(&mut config, offset, 0);
+            assert_eq!(config.dword(offset), before);
+        }
+    }
+
+    #[test]
+    fn a_range_is_decoded_where_its_register_says_while_its_space_is_enabled() {
+        let mut config = sample();
+        put(&mut config, 0x10, 0xc000_1234);
+        put(&mut config, 0x14, 0x3f);
+        put(&mut config, 0x1c, 0x0000_c000);
+        assert!(config.decoded().is_empty());
+        assert!(config.write(0x04, &[2]).decode);
+        let memory: Vec<_> = config.decoded().iter().map(|d| (d.bar, d.base)).collect();
+        assert_eq!(memory, [(0, 0x3f_c000_0000), (2, 0)]);
+        let _ = config.write(0x04, &[1]);
+        let ports: Vec<_> = config.decoded().iter().map(|d| (d.bar, d.base)).collect();
+        assert_eq!(ports, [(3, 0xc000)]);
+        assert!(!config.write(0x3c, &[5]).decode);
+    }
+
+    #[test]
+    fn a_register_that_overlaps_another_is_refused() {
+        let mut config = sample();
+        for index in [1, 2, 5] {
+            let bar = Bar::memory64(index, 0x1000);
+            assert_eq!(config.add_bar(bar), Err(ConfigError::Bar(bar)));
+        }
+        config.add_bar(Bar::memory64(4, 0x1000)).unwrap();
+    }
+
+    #[test]
+    fn a_full_list_refuses_another_capability_and_keeps_what_it_has() {
+        let mut config = sample();
+        let standard = std::iter::from_fn(|| config.add_capability(9, &[0; 30], &[]).ok()).count();
+        assert!(standard > 0);
+        assert!(config.add_capability(9, &[0; 190], &[]).is_err());
+        let extended =
+            std::iter::from_fn(|| config.add_extended_capability(0x0b, 1, &[0; 252], &[]).ok());
+        assert_eq!(extended.count(), 14);
+        check_chains(&config);
+    }
+
+    #[test]
+    fn an_integrated_endpoint_says_so_and_can_carry_pasids() {
+        let config = sample();
+        let at = u16::from(config.bytes[0x34]);
+        assert_eq!(config.bytes[usize::from(at)], 0x10);
+        assert_eq!(config.word(at + 2) >> 4 & 0xf, 9, "device/port type");
+        assert_eq!(config.word(at + 2) & 0xf, 2, "version");
+        assert_eq!(config.dword(at + 0x24) >> 21 & 1, 1, "End-End TLP prefix");
+        assert_eq!(config.dword(at + 0x0c), 0, "no link");
+    }
+
+    #[test]
+    fn a_one_clears_and_a_zero_keeps_a_status_bit() {
+        let mut config = sample();
+        let status = u16::from(config.bytes[0x34]) + 0x0a;
+        config.set(status, &[0x0f]);
+        let _ = config.write(status, &[0x05]);
+        assert_eq!(config.word(status), 0x0a);
+        let _ = config.write(status, &[0xff, 0xff]);
+        assert_eq!(config.word(status), 0);
+    }
+
+    #[test]
+    fn accesses_beyond_the_space_read_zero_and_write_nothing() {
+        let mut config = sample();
+        let before = config.clone();
+        let mut data = [1; 4];
+        config.read(0xffff, &mut data);
+        assert_eq!(data, [0; 4]);
+        let _ = config.write(0xffff, &[0xff; 4]);
+        let _ = config.write(0xffe, &[0xff; 4]);
+        assert_eq!(config.bytes, before.bytes);
+    }
+
+    /// Both lists end, stay inside their part, are aligned and do not meet.
+    fn check_chains(config: &ConfigSpace) {
+        let (mut at, mut seen) = (u16::from(config.bytes[0x34]), Vec::new());
+        while at != 0 {
+            assert!((0x40..0x100).contains(&at) && at.is_multiple_of(4));
+            assert!(!seen.contains(&at) && seen.len() < 48);
+            seen.push(at);
+            at = config.bytes[usize::from(at) + 1].into();
+        }
+        let (mut at, mut seen) = (0x100, Vec::new());
+        while at != 0 && config.dword(at) != 0 {
+            assert!((0x100..0x1000).contains(&at) && at.is_multiple_of(4));
+            assert!(!seen.contains(&at) && seen.len() < 960);
+            seen.push(at);
+            at = (config.dword(at) >> 20) as u16;
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_guest_writes_read_only_bits_keep_their_values(
+            writes in prop::collection::vec((0..4096u16, any::<u64>(), 1..9usize), 0..200)
+        ) {
+            let mut config = sample();
+            let fresh = config.clone();
+            for (offset, value, length) in writes {
+                let _ = config.write(offset, &value.to_le_bytes()[..length]);
+            }
+            for at in 0..CONFIG_SIZE {
+                let fixed = !(fresh.writable[at] | fresh.clearable[at]);
+                prop_assert_eq!(config.bytes[at] & fixed, fresh.bytes[at] & fixed, "{:#x}", at);
+            }
+            check_chains(&config);
+            for (bar, address) in config.bars() {
+                prop_assert_eq!(address % bar.length, 0);
+            }
+        }
+
+        #[test]
+        fn a_write_replaces_exactly_the_writable_bits(offset in 0..4093u16, value: u32) {
+            let mut config = sample();
+            let (old, mask) = (config.dword(offset), {
+                let at = usize::from(offset);
+                u32::from_le_bytes(config.writable[at..at + 4].try_into().unwrap())
+            });
+            put(&mut config, offset, value);
+            prop_assert_eq!(config.dword(offset), old & !mask | value & mask);
+        }
+
+        #[test]
+        fn capabilities_of_any_lengths_are_chained_well(
+            lengths in prop::collection::vec((any::<bool>(), 0..120usize), 0..60)
+        ) {
+            let mut config = ConfigSpace::new(identity());
+            for (extended, length) in lengths {
+                let body = vec![0xaa; length];
+                let _ = if extended {
+                    config.add_extended_capability(0x0b, 1, &body, &body)
+                } else {
+                    config.add_capability(9, &body, &body)
+                };
+            }
+            check_chains(&config);
+        }
+    }
+}

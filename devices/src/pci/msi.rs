@@ -151,3 +151,101 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::config::Identity;
+    use crate::testing::FakeMsi;
+
+    struct Function {
+        config: ConfigSpace,
+        msi: FakeMsi,
+        capability: MsiCapability,
+    }
+
+    fn function(count: u16) -> Function {
+        let msi = FakeMsi::default();
+        let mut config = ConfigSpace::new(Identity::default());
+        let capability = MsiCapability::new(&mut config, count, Delivery::Emulated, &msi).unwrap();
+        Function {
+            config,
+            msi,
+            capability,
+        }
+    }
+
+    impl Function {
+        fn write(&mut self, register: u16, value: u32) {
+            let at = self.capability.offset + register;
+            let _ = self.config.write(at, &value.to_le_bytes());
+            self.capability.written(&self.config);
+        }
+
+        fn control(&mut self, control: u16) {
+            let at = self.capability.offset + CONTROL;
+            let _ = self.config.write(at, &control.to_le_bytes());
+            self.capability.written(&self.config);
+        }
+
+        fn pending(&mut self) -> u32 {
+            self.capability.refresh(&mut self.config);
+            self.config.dword(self.capability.offset + PENDING)
+        }
+    }
+
+    #[test]
+    fn each_vector_sends_the_data_with_its_number_in_the_low_bits() {
+        let mut function = function(4);
+        function.write(ADDRESS, 0xfee0_2003);
+        function.write(DATA, 0x47);
+        function.control(CONTROL_ENABLE | 2 << 4);
+        for vector in 0..4 {
+            function.capability.signal(vector);
+            let fake = function.msi.get(vector.into());
+            assert_eq!(fake.signals(), 1);
+            let msi = fake.route().unwrap();
+            assert_eq!(
+                (msi.address, msi.data),
+                (0xfee0_2000, 0x44 + u32::from(vector))
+            );
+        }
+    }
+
+    #[test]
+    fn vectors_beyond_those_enabled_are_sent_as_the_highest_enabled() {
+        let mut function = function(4);
+        function.control(CONTROL_ENABLE | 1 << 4);
+        function.capability.signal(3);
+        assert_eq!(function.msi.get(1).signals(), 1);
+        assert_eq!(function.msi.get(3).signals(), 0);
+        function.control(CONTROL_ENABLE | 7 << 4);
+        function.capability.signal(200);
+        assert_eq!(function.msi.get(3).signals(), 1, "no more than there are");
+    }
+
+    #[test]
+    fn a_masked_vector_is_pending_until_it_is_unmasked() {
+        let mut function = function(2);
+        function.control(CONTROL_ENABLE | 1 << 4);
+        function.write(MASK, u32::MAX);
+        assert_eq!(function.config.dword(function.capability.offset + MASK), 3);
+        function.capability.signal(1);
+        assert_eq!(function.pending(), 2);
+        function.write(PENDING, u32::MAX);
+        assert_eq!(function.pending(), 2, "read-only");
+        function.write(MASK, 0);
+        assert_eq!(function.pending(), 0);
+        assert_eq!(function.msi.get(1).signals(), 1);
+    }
+
+    #[test]
+    fn nothing_is_delivered_while_it_is_disabled() {
+        let mut function = function(1);
+        function.capability.signal(0);
+        function.control(CONTROL_ENABLE);
+        assert_eq!(function.msi.get(0).signals(), 0);
+        function.control(0);
+        assert_eq!(function.msi.get(0).route(), None);
+    }
+}

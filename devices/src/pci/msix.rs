@@ -146,10 +146,12 @@ impl Msix {
     /// Reads the pending bit array at `offset` bytes; 0 beyond its end. Writes have no effect.
     pub fn pba_read(&self, offset: u64, data: &mut [u8]) {
         let mut state = self.state();
-        for (byte, at) in data.iter_mut().zip(offset..) {
-            let first = at.saturating_mul(8);
+        let first = usize::try_from(offset)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(8);
+        for (byte, n) in data.iter_mut().zip(0..) {
             *byte = (0..8).fold(0, |bits, bit| {
-                let index = usize::try_from(first.saturating_add(bit)).unwrap_or(usize::MAX);
+                let index = first.saturating_add(8 * n + bit);
                 bits | u8::from(state.is_pending(index)) << bit
             });
         }
@@ -231,9 +233,230 @@ impl State {
     }
 
     fn is_pending(&mut self, index: usize) -> bool {
+        if index >= self.vectors.len() {
+            return false;
+        }
         let gate = self.gate(index);
         self.vectors
             .get_mut(index)
             .is_some_and(|vector| vector.is_pending(gate))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::FakeMsi;
+
+    const COUNT: u16 = 5;
+
+    fn msix(delivery: Delivery) -> (FakeMsi, Msix) {
+        let msi = FakeMsi::default();
+        let msix = Msix::new(COUNT, delivery, &msi).unwrap();
+        (msi, msix)
+    }
+
+    fn program(msix: &Msix, vector: u64, data: u32, masked: bool) {
+        msix.table_write(16 * vector, &0xfee0_1000u64.to_le_bytes());
+        msix.table_write(16 * vector + 8, &data.to_le_bytes());
+        msix.table_write(16 * vector + 12, &u32::from(masked).to_le_bytes());
+    }
+
+    fn pending(msix: &Msix) -> u64 {
+        let mut data = [0; 8];
+        msix.pba_read(0, &mut data);
+        u64::from_le_bytes(data)
+    }
+
+    #[test]
+    fn after_power_on_every_vector_is_masked_and_nothing_is_delivered() {
+        let (msi, msix) = msix(Delivery::Emulated);
+        let mut control = [0; 4];
+        for vector in 0..COUNT {
+            msix.table_read(16 * u64::from(vector) + 12, &mut control);
+            assert_eq!(control, [1, 0, 0, 0]);
+            assert!(!msix.signal(vector), "MSI-X is disabled");
+            assert_eq!(msi.get(vector.into()).signals(), 0);
+        }
+        assert_eq!(pending(&msix), 0, "lost, not pending");
+    }
+
+    #[test]
+    fn an_enabled_vector_leads_where_its_entry_says() {
+        let (msi, msix) = msix(Delivery::Emulated);
+        program(&msix, 3, 0x4321, false);
+        assert_eq!(msi.get(3).route(), None, "not before it is enabled");
+        msix.set_control(CONTROL_ENABLE);
+        let msi_3 = Msi {
+            address: 0xfee0_1000,
+            data: 0x4321,
+        };
+        assert_eq!(msi.get(3).route(), Some(msi_3));
+        assert!(msix.signal(3));
+        assert_eq!(msi.get(3).signals(), 1);
+    }
+
+    #[test]
+    fn what_comes_while_masked_is_pending_and_delivered_once_at_unmask() {
+        let (msi, msix) = msix(Delivery::Emulated);
+        msix.set_control(CONTROL_ENABLE);
+        program(&msix, 1, 0x41, true);
+        msix.signal(1);
+        msix.signal(1);
+        assert_eq!((pending(&msix), msi.get(1).signals()), (0b10, 0));
+        program(&msix, 1, 0x55, false);
+        assert_eq!((pending(&msix), msi.get(1).signals()), (0, 1));
+        assert_eq!(msi.get(1).route().unwrap().data, 0x55, "the new message");
+    }
+
+    #[test]
+    fn the_function_mask_masks_every_vector() {
+        let (msi, msix) = msix(Delivery::Emulated);
+        for vector in 0..3 {
+            program(&msix, vector, 0x41, false);
+        }
+        msix.set_control(CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
+        for vector in 0..3 {
+            msix.signal(vector);
+        }
+        assert_eq!(pending(&msix), 0b111);
+        msix.set_control(CONTROL_ENABLE);
+        assert_eq!(pending(&msix), 0);
+        assert_eq!([0, 1, 2].map(|n| msi.get(n).signals()), [1, 1, 1]);
+    }
+
+    #[test]
+    fn masking_and_unmasking_changes_no_route_unless_the_message_did() {
+        let (msi, msix) = msix(Delivery::Emulated);
+        msix.set_control(CONTROL_ENABLE);
+        for _ in 0..5 {
+            program(&msix, 0, 0x41, true);
+            program(&msix, 0, 0x41, false);
+        }
+        assert_eq!(msi.get(0).routes.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_vector_of_the_kernel_is_disconnected_while_masked_and_its_signals_wait() {
+        let (msi, msix) = msix(Delivery::Kernel);
+        program(&msix, 0, 0x41, false);
+        msix.set_control(CONTROL_ENABLE);
+        assert!(msi.get(0).route().is_some());
+        program(&msix, 0, 0x41, true);
+        assert_eq!(msi.get(0).route(), None);
+        msi.get(0).eventfd.write(1).unwrap();
+        assert_eq!(pending(&msix), 1);
+        assert_eq!(pending(&msix), 1, "reading does not clear it");
+        program(&msix, 0, 0x41, false);
+        assert_eq!(pending(&msix), 0);
+        assert!(msi.get(0).route().is_some());
+        assert_eq!(msi.get(0).signals(), 1, "delivered at unmask");
+    }
+
+    #[test]
+    fn disabling_disconnects_and_forgets_what_is_pending() {
+        let (msi, msix) = msix(Delivery::Emulated);
+        msix.set_control(CONTROL_ENABLE);
+        program(&msix, 2, 0x41, false);
+        program(&msix, 2, 0x41, true);
+        msix.signal(2);
+        msix.set_control(0);
+        assert_eq!(msi.get(2).route(), None);
+        msix.set_control(CONTROL_ENABLE);
+        program(&msix, 2, 0x41, false);
+        assert_eq!(msi.get(2).signals(), 0);
+    }
+
+    #[test]
+    fn accesses_beyond_table_and_pba_read_zero() {
+        let (_, msix) = msix(Delivery::Emulated);
+        let mut data = [1; 8];
+        msix.table_read(16 * u64::from(COUNT), &mut data);
+        assert_eq!(data, [0; 8]);
+        msix.table_write(u64::MAX - 3, &[0xff; 8]);
+        msix.pba_read(u64::MAX - 3, &mut data);
+        assert_eq!(data, [0; 8]);
+        assert!(!msix.signal(COUNT));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Control(bool, bool),
+        Mask(u8, bool),
+        Signal(u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let vector = 0..COUNT as u8;
+        prop_oneof![
+            any::<(bool, bool)>().prop_map(|(on, masked)| Step::Control(on, masked)),
+            (vector.clone(), any::<bool>()).prop_map(|(v, masked)| Step::Mask(v, masked)),
+            vector.prop_map(Step::Signal),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn every_interrupt_is_delivered_pending_or_lost_as_the_masks_say(
+            steps in prop::collection::vec(step(), 0..80)
+        ) {
+            let (msi, msix) = msix(Delivery::Emulated);
+            // The model: enabled, function mask, and per vector mask, pending, delivered.
+            let (mut on, mut all) = (false, false);
+            let mut model = [(true, false, 0u64); COUNT as usize];
+            for step in steps {
+                match step {
+                    Step::Control(enable, mask) => {
+                        (on, all) = (enable, mask);
+                        let bits = [(enable, CONTROL_ENABLE), (mask, CONTROL_FUNCTION_MASK)];
+                        msix.set_control(bits.iter().map(|(set, bit)| u16::from(*set) * bit).sum());
+                    }
+                    Step::Mask(vector, masked) => {
+                        model[usize::from(vector)].0 = masked;
+                        program(&msix, vector.into(), 0x40, masked);
+                    }
+                    Step::Signal(vector) => {
+                        let (masked, pending, delivered) = &mut model[usize::from(vector)];
+                        msix.signal(vector.into());
+                        *pending |= on && (all || *masked);
+                        *delivered += u64::from(on && !all && !*masked);
+                    }
+                }
+                for (masked, pending, delivered) in &mut model {
+                    if !on {
+                        *pending = false;
+                    } else if !all && !*masked {
+                        *delivered += u64::from(std::mem::take(pending));
+                    }
+                }
+                let bits = (0..).zip(&model).map(|(n, (_, p, _))| u64::from(*p) << n);
+                prop_assert_eq!(pending(&msix), bits.sum::<u64>());
+            }
+            for (n, (_, _, delivered)) in model.iter().enumerate() {
+                prop_assert_eq!(msi.get(n).signals(), *delivered);
+            }
+        }
+
+        #[test]
+        fn the_table_keeps_what_is_written_except_reserved_bits(
+            offset in 0..16 * u64::from(COUNT), data in prop::collection::vec(any::<u8>(), 1..9)
+        ) {
+            let (_, msix) = msix(Delivery::Emulated);
+            msix.table_write(offset, &data);
+            let mut read = vec![0; data.len()];
+            msix.table_read(offset, &mut read);
+            for (n, (wrote, read)) in data.iter().zip(&read).enumerate() {
+                let at = offset as usize + n;
+                let mask = match (at < ENTRY * usize::from(COUNT), at % ENTRY) {
+                    (false, _) | (_, 13..) => 0,
+                    (_, 0) => 0xfc,
+                    (_, 12) => 1,
+                    _ => 0xff,
+                };
+                prop_assert_eq!(*read, wrote & mask);
+            }
+        }
     }
 }

@@ -11,11 +11,11 @@ use arc_swap::ArcSwap;
 use thiserror::Error;
 use viommu::Rid;
 
-use super::bar::{Bar, BarKind};
-use super::config::{ConfigSpace, Identity};
-use super::function::{Decoded, Effect, IoEvent, PciFunction, Space};
 use crate::bus::{Bus, BusDevice};
 use crate::legacy::PowerEvents;
+use crate::pci::bar::{Bar, BarKind};
+use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::function::{Decoded, Effect, IoEvent, PciFunction, Space};
 
 /// Where the functions of a root complex may be decoded. The guest's ACPI tables say the same.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -254,7 +254,7 @@ impl PciRoot {
         let mut at = offset;
         for piece in pieces(offset, data.len()) {
             let part = &mut data[piece];
-            if usize::from(at) + part.len() > super::config::CONFIG_SIZE {
+            if usize::from(at) + part.len() > crate::pci::config::CONFIG_SIZE {
                 part.fill(0xff);
             } else {
                 here.function.config_read(at, part);
@@ -287,7 +287,7 @@ impl PciRoot {
             let mut at = offset;
             for piece in pieces(offset, data.len()) {
                 let part = &data[piece];
-                if usize::from(at) + part.len() <= super::config::CONFIG_SIZE {
+                if usize::from(at) + part.len() <= crate::pci::config::CONFIG_SIZE {
                     effect.decode |= here.function.config_write(at, part).decode;
                 }
                 at = at.saturating_add(part.len() as u16);
@@ -665,3 +665,6 @@ impl BusDevice for ConfigPorts {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
