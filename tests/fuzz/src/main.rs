@@ -22,6 +22,8 @@ type Target = (&'static str, fn(&[u8]));
 const TARGETS: &[Target] = &[
     ("devices-dma-engine", devices::testdev::fuzz::dma_engine),
     ("viommu-page-requests", viommu::pasid::fuzz::page_requests),
+    ("viommu-virtio-chains", viommu::virtio::fuzz::chains),
+    ("viommu-virtio-operations", viommu::virtio::fuzz::operations),
     (
         "viommu-virtual-commands",
         viommu::pasid::fuzz::virtual_commands,

@@ -1,4 +1,4 @@
-//! Front end: virtio-iommu.
+#![doc = include_str!("README.md")]
 #![forbid(unsafe_code)]
 
 mod config;
@@ -12,6 +12,7 @@ pub mod fuzz;
 pub mod mappings;
 mod probe;
 mod reply;
+pub mod viot;
 
 pub use config::{AddError, Config, ConfigError};
 pub use device::{Counters, DomainSnapshot, EndpointSnapshot, Iommu, Snapshot};
