@@ -11,5 +11,13 @@ pub mod pci;
 pub mod testdev;
 pub mod virtio;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::unwrap_used,
+        dead_code,
+        reason = "fuzz harnesses use part of what tests do, and report by panicking as well"
+    )
+)]
 mod testing;

@@ -7,6 +7,8 @@
 pub mod bar;
 pub mod config;
 pub mod function;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod msi;
 pub mod msix;
 

@@ -9,6 +9,8 @@ pub mod block;
 pub mod buffers;
 pub mod console;
 pub mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+mod fuzz;
 pub mod iommu;
 pub mod net;
 pub mod ring;

@@ -20,7 +20,10 @@ type Target = (&'static str, fn(&[u8]));
 
 /// Every target, by `crate-part` name.
 const TARGETS: &[Target] = &[
+    ("devices-block", devices::virtio::block::fuzz::requests),
     ("devices-dma-engine", devices::testdev::fuzz::dma_engine),
+    ("devices-net", devices::virtio::net::fuzz::frames),
+    ("devices-pci", devices::pci::fuzz::accesses),
     ("viommu-page-requests", viommu::pasid::fuzz::page_requests),
     ("viommu-virtio-chains", viommu::virtio::fuzz::chains),
     ("viommu-virtio-operations", viommu::virtio::fuzz::operations),

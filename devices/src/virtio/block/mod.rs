@@ -619,5 +619,7 @@ fn dwords(bytes: &[u8; 16]) -> [u32; 4] {
     std::array::from_fn(|index| dwords.get(index).map_or(0, |d| u32::from_le_bytes(*d)))
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -417,5 +417,7 @@ fn clear(queue: Option<&ActiveQueue>) {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;
