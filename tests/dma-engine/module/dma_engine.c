@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause
+/*
+ * Gives a process its own address space on nestling's DMA test engine (SVA).
+ *
+ * One node per device, /dev/dma-engine-<PCI address>. An open file can bind the process that
+ * asks (DMA_ENGINE_BIND gives the PASID) and map pages of BAR 0 (the offset of the mapping is the
+ * offset into the BAR; the MSI-X pages are left out). Closing it, or unplugging the device, undoes
+ * both. What the pages mean is in devices/src/testdev/README.md.
+ *
+ * For test machines only: whoever may open the node may make the device do any DMA that its
+ * PASIDs and its default domain allow.
+ */
+#include <linux/dma-mapping.h>
+#include <linux/fs.h>
+#include <linux/io.h>
+#include <linux/iommu.h>
+#include <linux/kref.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/pci.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include <linux/version.h>
+
+#define DMA_ENGINE_BIND _IOR('N', 1, __u32)
+#define DMA_ENGINE_UNBIND _IO('N', 2)
+
+/* The MSI-X table and pending bits: whoever writes them makes the device write anywhere. */
+#define MSIX_FIRST (0x1000 >> PAGE_SHIFT)
+#define MSIX_LAST (0x3000 >> PAGE_SHIFT)
+#define BAR_PAGES (0x80000 >> PAGE_SHIFT)
+
+struct engine {
+	struct kref kref;
+	/*
+	 * lock: who binds. Held while the process's mmap_lock is taken (SVA does), so page faults
+	 * have a lock of their own: lock, then mmap_lock, then pages.
+	 */
+	struct mutex lock;
+	struct mutex pages;
+	struct pci_dev *pci;		/* NULL once unplugged; changed under both locks */
+	struct list_head openers;
+	struct miscdevice misc;
+	char name[48];
+};
+
+struct opener {
+	struct engine *engine;
+	struct list_head link;
+	struct address_space *mapping;
+	struct iommu_sva *sva;
+};
+
+static void engine_free(struct kref *kref)
+{
+	kfree(container_of(kref, struct engine, kref));
+}
+
+static void opener_unbind(struct opener *opener)
+{
+	if (opener->sva)
+		iommu_sva_unbind_device(opener->sva);
+	opener->sva = NULL;
+}
+
+static int engine_open(struct inode *inode, struct file *file)
+{
+	struct engine *engine = container_of(file->private_data, struct engine, misc);
+	struct opener *opener = kzalloc(sizeof(*opener), GFP_KERNEL);
+
+	if (!opener)
+		return -ENOMEM;
+	opener->engine = engine;
+	opener->mapping = file->f_mapping;
+	kref_get(&engine->kref);
+	mutex_lock(&engine->lock);
+	list_add(&opener->link, &engine->openers);
+	mutex_unlock(&engine->lock);
+	file->private_data = opener;
+	return 0;
+}
+
+static int engine_release(struct inode *inode, struct file *file)
+{
+	struct opener *opener = file->private_data;
+	struct engine *engine = opener->engine;
+
+	mutex_lock(&engine->lock);
+	opener_unbind(opener);
+	list_del(&opener->link);
+	mutex_unlock(&engine->lock);
+	kfree(opener);
+	kref_put(&engine->kref, engine_free);
+	return 0;
+}
+
+static long opener_bind(struct opener *opener, __u32 __user *to)
+{
+	struct iommu_sva *sva;
+	__u32 pasid;
+
+	if (!opener->engine->pci)
+		return -ENODEV;
+	if (opener->sva)
+		return -EBUSY;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+	sva = iommu_sva_bind_device(&opener->engine->pci->dev, current->mm, NULL);
+#else
+	sva = iommu_sva_bind_device(&opener->engine->pci->dev, current->mm);
+#endif
+	if (IS_ERR(sva))
+		return PTR_ERR(sva);
+	pasid = iommu_sva_get_pasid(sva);
+	if (put_user(pasid, to)) {
+		iommu_sva_unbind_device(sva);
+		return -EFAULT;
+	}
+	opener->sva = sva;
+	return 0;
+}
+
+static long engine_ioctl(struct file *file, unsigned int command, unsigned long argument)
+{
+	struct opener *opener = file->private_data;
+	long result = 0;
+
+	mutex_lock(&opener->engine->lock);
+	switch (command) {
+	case DMA_ENGINE_BIND:
+		result = opener_bind(opener, (__u32 __user *)argument);
+		break;
+	case DMA_ENGINE_UNBIND:
+		opener_unbind(opener);
+		break;
+	default:
+		result = -ENOTTY;
+	}
+	mutex_unlock(&opener->engine->lock);
+	return result;
+}
+
+static vm_fault_t engine_fault(struct vm_fault *fault)
+{
+	struct opener *opener = fault->vma->vm_private_data;
+	struct engine *engine = opener->engine;
+	vm_fault_t result = VM_FAULT_SIGBUS;
+
+	mutex_lock(&engine->pages);
+	if (engine->pci)
+		result = vmf_insert_pfn(fault->vma, fault->address,
+			(pci_resource_start(engine->pci, 0) >> PAGE_SHIFT) + fault->pgoff);
+	mutex_unlock(&engine->pages);
+	return result;
+}
+
+static const struct vm_operations_struct engine_pages = {
+	.fault = engine_fault,
+};
+
+static int engine_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	unsigned long first = vma->vm_pgoff;
+	unsigned long pages = vma_pages(vma);
+
+	if (first >= BAR_PAGES || pages > BAR_PAGES - first)
+		return -EINVAL;
+	if (first < MSIX_LAST && first + pages > MSIX_FIRST)
+		return -EINVAL;
+	vma->vm_private_data = file->private_data;
+	vma->vm_page_prot = pgprot_noncached(vma->vm_page_prot);
+	vma->vm_ops = &engine_pages;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+	vma->vm_flags |= VM_IO | VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP;
+#else
+	vm_flags_set(vma, VM_IO | VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP);
+#endif
+	return 0;
+}
+
+static const struct file_operations engine_operations = {
+	.owner = THIS_MODULE,
+	.open = engine_open,
+	.release = engine_release,
+	.unlocked_ioctl = engine_ioctl,
+	.mmap = engine_mmap,
+};
+
+static int engine_probe(struct pci_dev *pci, const struct pci_device_id *id)
+{
+	struct engine *engine;
+	int result = pcim_enable_device(pci);
+
+	if (result)
+		return result;
+	if (pci_resource_len(pci, 0) >> PAGE_SHIFT < BAR_PAGES)
+		return -ENODEV;
+	result = dma_set_mask_and_coherent(&pci->dev, DMA_BIT_MASK(64));
+	if (result)
+		return result;
+	pci_set_master(pci);
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
+	/* Without page requests SVA still works for pages that are there. */
+	result = iommu_dev_enable_feature(&pci->dev, IOMMU_DEV_FEAT_IOPF);
+	pci_info(pci, "page requests: %d\n", result);
+	result = iommu_dev_enable_feature(&pci->dev, IOMMU_DEV_FEAT_SVA);
+	if (result)
+		pci_info(pci, "no SVA: %d\n", result);
+#endif
+	engine = kzalloc(sizeof(*engine), GFP_KERNEL);
+	if (!engine)
+		return -ENOMEM;
+	kref_init(&engine->kref);
+	mutex_init(&engine->lock);
+	mutex_init(&engine->pages);
+	INIT_LIST_HEAD(&engine->openers);
+	engine->pci = pci;
+	snprintf(engine->name, sizeof(engine->name), "dma-engine-%s", pci_name(pci));
+	engine->misc.minor = MISC_DYNAMIC_MINOR;
+	engine->misc.name = engine->name;
+	engine->misc.fops = &engine_operations;
+	engine->misc.parent = &pci->dev;
+	result = misc_register(&engine->misc);
+	if (result) {
+		kref_put(&engine->kref, engine_free);
+		return result;
+	}
+	pci_set_drvdata(pci, engine);
+	return 0;
+}
+
+static void engine_remove(struct pci_dev *pci)
+{
+	struct engine *engine = pci_get_drvdata(pci);
+	struct opener *opener;
+
+	misc_deregister(&engine->misc);
+	mutex_lock(&engine->lock);
+	mutex_lock(&engine->pages);
+	engine->pci = NULL;
+	mutex_unlock(&engine->pages);
+	list_for_each_entry(opener, &engine->openers, link) {
+		unmap_mapping_range(opener->mapping, 0, 0, 1);
+		opener_unbind(opener);
+	}
+	mutex_unlock(&engine->lock);
+	pci_clear_master(pci);
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
+	iommu_dev_disable_feature(&pci->dev, IOMMU_DEV_FEAT_SVA);
+	iommu_dev_disable_feature(&pci->dev, IOMMU_DEV_FEAT_IOPF);
+#endif
+	kref_put(&engine->kref, engine_free);
+}
+
+static const struct pci_device_id engine_ids[] = {
+	{ PCI_DEVICE(0x1af4, 0x10f0) },
+	{ }
+};
+MODULE_DEVICE_TABLE(pci, engine_ids);
+
+static struct pci_driver engine_driver = {
+	.name = "dma_engine",
+	.id_table = engine_ids,
+	.probe = engine_probe,
+	.remove = engine_remove,
+};
+module_pci_driver(engine_driver);
+
+MODULE_DESCRIPTION("SVA on nestling's DMA test engine");
+MODULE_LICENSE("Dual BSD/GPL");

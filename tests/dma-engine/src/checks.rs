@@ -1,0 +1,374 @@
+//! The checks, one for each way to own the device. Each says what holds as it goes.
+
+#![forbid(unsafe_code)]
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::memory::Memory;
+use crate::registers::{Channel, How, Operation, Reason, Registers, Status, checksum, identify};
+use crate::sva::Bound;
+use crate::sysfs::Function;
+use crate::vfio::{Cdev, Event, Group};
+
+const PLAIN: How = How {
+    pasid: None,
+    privileged: false,
+    execute: false,
+    ats: false,
+    pri: false,
+    interrupt: false,
+};
+
+/// Where buffers are mapped: above 4 GiB, so that no address is cut to 32 bits unnoticed.
+const IOVA: u64 = 0x5_0000_0000;
+const PAGE: u64 = 4096;
+
+fn holds(what: &str) {
+    println!("ok: {what}");
+}
+
+/// A function that nobody gave an address space reaches nothing, with and without PASID. The
+/// guest's kernel reports faults of this, and must.
+///
+/// # Errors
+/// What does not hold.
+pub fn blocked(address: &str) -> Result<()> {
+    let function = Function::at(address)?;
+    function.give_to(None)?;
+    function.enable()?;
+    let bar = function.registers()?;
+    identify(&bar)?;
+    let channel = Channel::new(&bar, 0);
+    for at in [0x1000, 0x10_0000, 0xfee0_0000, IOVA] {
+        let read = channel.checksum(PLAIN, at, 64)?;
+        read.expect_failure(Reason::Fault, at, "a read with no mapping")?;
+        let written = channel.fill(PLAIN, 0, at, 64)?;
+        written.expect_failure(Reason::Fault, at, "a write with no mapping")?;
+    }
+    holds("nothing is reached without a mapping");
+    Ok(())
+}
+
+/// The device in an address space of VFIO's, by its group.
+///
+/// # Errors
+/// What does not hold.
+pub fn vfio(address: &str) -> Result<()> {
+    let group = Group::open(address)?;
+    let bar = group.device.enable()?;
+    identify(&bar)?;
+    let memory = Memory::new(4 << 20, None)?;
+    let read_only = Memory::new(1 << 16, None)?;
+    group.map(&memory, IOVA, true)?;
+    group.map(&read_only, IOVA + (8 << 20), false)?;
+    let pattern = |at: usize| ((at * 31) >> 4) as u8;
+    memory.fill_with(pattern);
+    read_only.fill_with(pattern);
+
+    let channel = Channel::new(&bar, 0);
+    let half = memory.len() / 2;
+    let odd = half - 5;
+    channel
+        .fill(PLAIN, 0, IOVA + half, half)?
+        .expect_done("a fill")?;
+    channel
+        .copy(PLAIN, IOVA + 3, IOVA + half + 1, odd)?
+        .expect_done("a copy")?;
+    memory.check("a copy", |at| match at.checked_sub(half as usize + 1) {
+        None if at < half as usize => pattern(at),
+        Some(at) if (at as u64) < odd => pattern(at + 3),
+        _ => 0,
+    })?;
+    holds("copies of any length and alignment arrive whole, and nowhere else");
+
+    let sum = channel.checksum(PLAIN, IOVA + (8 << 20), read_only.len())?;
+    let sum = sum.expect_done("a read of read-only memory")?;
+    ensure!(
+        sum.result == checksum(read_only.bytes()),
+        "the sum differs: {sum:x?}"
+    );
+    let write = channel.fill(PLAIN, 0, IOVA + (8 << 20), 64)?;
+    write.expect_failure(
+        Reason::Fault,
+        IOVA + (8 << 20),
+        "a write to read-only memory",
+    )?;
+    read_only.check("read-only memory", pattern)?;
+    let write = channel.fill(PLAIN, 0, IOVA + memory.len() - 64, 128)?;
+    write.expect_failure(Reason::Fault, IOVA + memory.len(), "a write beyond the end")?;
+    holds("what is not mapped, or not for writing, is a fault at its address");
+
+    let size = memory.len() / 64;
+    for n in 0..64 {
+        let channel = Channel::new(&bar, n);
+        channel.set_pattern(n * 0x0101_0101_0101_0101);
+        channel.start(Operation::Fill, PLAIN, 0, IOVA + n * size, size);
+    }
+    for n in 0..64 {
+        Channel::new(&bar, n)
+            .end()?
+            .expect_done("one of 64 fills")?;
+    }
+    memory.check("64 fills at once", |at| (at as u64 / size) as u8)?;
+    holds("64 channels work side by side");
+
+    interrupts(&group, &bar)?;
+
+    channel.start(Operation::Copy, PLAIN, IOVA, IOVA + half, half);
+    group.unmap(IOVA, memory.len())?;
+    memory.fill_with(|_| 0xa5);
+    channel.end()?;
+    memory.check("memory after its unmap", |_| 0xa5)?;
+    let read = channel.checksum(PLAIN, IOVA, 64)?;
+    read.expect_failure(Reason::Fault, IOVA, "a read after an unmap")?;
+    holds("nothing is written after an unmap returned, and nothing is reached");
+
+    group.device.reset()?;
+    ensure!(
+        channel.status()? == Status::Idle,
+        "reset leaves {:?}",
+        channel.status()?
+    );
+    holds("a reset leaves every channel idle");
+    Ok(())
+}
+
+fn interrupts(group: &Group, bar: &dyn Registers) -> Result<()> {
+    let events = (0..16).map(|_| Event::new()).collect::<Result<Vec<_>>>()?;
+    group.device.connect(&events)?;
+    let how = How {
+        interrupt: true,
+        ..PLAIN
+    };
+    for n in 0..16 {
+        Channel::new(bar, n)
+            .checksum(how, IOVA, 64)?
+            .expect_done("a sum")?;
+    }
+    let began = Instant::now();
+    let mut counts = [0; 16];
+    while counts.contains(&0) {
+        for (count, event) in counts.iter_mut().zip(&events) {
+            *count += event.take();
+        }
+        ensure!(
+            began.elapsed() < Duration::from_secs(10),
+            "interrupts are missing: {counts:?}"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    ensure!(counts == [1; 16], "interrupts: {counts:?}");
+    holds("each of 16 vectors interrupts once");
+    Ok(())
+}
+
+/// The device with several address spaces at once, through iommufd.
+///
+/// # Errors
+/// What does not hold.
+pub fn pasid(address: &str) -> Result<()> {
+    /// The last is the largest that a device of 20 bits has.
+    const PASIDS: [Option<u32>; 4] = [None, Some(1), Some(2), Some(0xf_ffff)];
+    let cdev = Cdev::open(address)?;
+    let mut spaces = Vec::new();
+    for pasid in PASIDS {
+        let (space, memory) = (cdev.space()?, Memory::new(1 << 20, None)?);
+        cdev.map(space, &memory, IOVA)?;
+        cdev.attach(space, pasid)
+            .with_context(|| format!("PASID {pasid:?}"))?;
+        spaces.push((pasid, space, memory));
+    }
+    let bar = cdev.device.enable()?;
+    identify(&bar)?;
+    let how = |pasid: Option<u32>| How { pasid, ..PLAIN };
+
+    for (n, (pasid, _, memory)) in (0u64..).zip(&spaces) {
+        let channel = Channel::new(&bar, n);
+        channel.set_pattern((n + 1) * 0x0101_0101_0101_0101);
+        channel.start(Operation::Fill, how(*pasid), 0, IOVA, memory.len());
+    }
+    for (n, (_, _, memory)) in (0u64..).zip(&spaces) {
+        Channel::new(&bar, n)
+            .end()?
+            .expect_done("a fill with a PASID")?;
+        memory.check("an address space", |_| n as u8 + 1)?;
+    }
+    holds("the same address is different memory for each PASID, and for none");
+
+    let channel = Channel::new(&bar, 0);
+    let other = channel.checksum(how(Some(3)), IOVA, 64)?;
+    other.expect_failure(Reason::Fault, IOVA, "a PASID that has nothing")?;
+    holds("a PASID that has nothing reaches nothing");
+
+    let (_, space, memory) = &spaces[1];
+    channel.start(Operation::Fill, how(Some(1)), 0, IOVA, memory.len());
+    cdev.unmap(*space, IOVA, memory.len())?;
+    memory.fill_with(|_| 0xa5);
+    channel.end()?;
+    memory.check("memory after its unmap", |_| 0xa5)?;
+    holds("nothing is written to a PASID's memory after its unmap");
+
+    cdev.detach(2)?;
+    let gone = channel.checksum(how(Some(2)), IOVA, 64)?;
+    gone.expect_failure(Reason::Fault, IOVA, "a detached PASID")?;
+    let sum = channel
+        .checksum(PLAIN, IOVA, 64)?
+        .expect_done("requests without PASID")?;
+    ensure!(
+        sum.result == checksum([1; 64]),
+        "requests without PASID changed: {sum:x?}"
+    );
+    let (_, space, _) = &spaces[3];
+    cdev.attach(*space, Some(2))?;
+    let sum = channel
+        .checksum(how(Some(2)), IOVA, 64)?
+        .expect_done("a PASID used again")?;
+    ensure!(
+        sum.result == checksum([4; 64]),
+        "a PASID used again sees old memory: {sum:x?}"
+    );
+    holds("a detached PASID reaches nothing, and one used again only what it has now");
+    Ok(())
+}
+
+/// `processes` processes (up to 64), each with its own address space on the device, at the same
+/// addresses, at the same time.
+///
+/// # Errors
+/// What does not hold in any of them.
+pub fn sva(address: &str, processes: u64) -> Result<()> {
+    ensure!(
+        (1..=64).contains(&processes),
+        "{processes} processes; there are 64 channels"
+    );
+    let program = std::env::current_exe()?;
+    let started: Result<Vec<_>, _> = (0..processes)
+        .map(|n| {
+            Command::new(&program)
+                .args(["sva-one", address, &n.to_string()])
+                .spawn()
+        })
+        .collect();
+    let mut failed = 0;
+    for mut child in started? {
+        failed += u32::from(!child.wait()?.success());
+    }
+    ensure!(failed == 0, "{failed} of {processes} processes failed");
+    holds(&format!(
+        "{processes} processes share the device, each with its own memory"
+    ));
+    Ok(())
+}
+
+/// Where every process has its buffers.
+const SHARED_PLACE: usize = 0x6000_0000_0000;
+
+/// One process of [`sva`].
+///
+/// # Errors
+/// What does not hold.
+pub fn sva_one(address: &str, index: u64) -> Result<()> {
+    let bound = Bound::new(address)?;
+    let page = bound.channel(index)?;
+    let channel = Channel::alone(&page);
+    let memory = Memory::new(64 << 12, Some(SHARED_PLACE))?;
+    let how = How::sva(bound.pasid());
+    let (half, mark) = (memory.len() / 2, index + 1);
+    let mut asked = 0;
+    for round in 0..8 {
+        let pattern = (mark * 0x0101_0101_0101_0101) ^ round;
+        // Nobody has touched these pages before the first round: the device faults them in.
+        let filled = channel
+            .fill(how, pattern, memory.address(), half)?
+            .expect_done("a fill")?;
+        ensure!(
+            filled.page_requests == filled.page_responses,
+            "unanswered: {filled:x?}"
+        );
+        let to = memory.address() + half;
+        let copied = channel
+            .copy(how, memory.address(), to, half)?
+            .expect_done("a copy")?;
+        asked += filled.page_requests + copied.page_requests;
+        let bytes = pattern.to_le_bytes();
+        memory.check("shared memory", |at| bytes[at % 8])?;
+    }
+    ensure!(asked > 0, "no page was asked for, though none was there");
+    println!(
+        "ok: process {index}, PASID {}: {asked} page requests",
+        bound.pasid()
+    );
+    bound.unbind()?;
+    let after = channel.fill(how, 0, memory.address(), 64)?;
+    ensure!(
+        matches!(after.status, Status::Failed(_)),
+        "memory is reached after the process was unbound: {after:x?}"
+    );
+    Ok(())
+}
+
+/// `munmap`, and the end of the process, while the device works in its memory.
+///
+/// # Errors
+/// What does not hold.
+pub fn unmap(address: &str) -> Result<()> {
+    let bound = Bound::new(address)?;
+    let page = bound.channel(0)?;
+    let channel = Channel::alone(&page);
+    let how = How::sva(bound.pasid());
+    for _ in 0..32 {
+        let memory = Memory::new(256 << 12, Some(SHARED_PLACE))?;
+        channel.set_pattern(u64::MAX);
+        channel.start(Operation::Fill, how, 0, memory.address(), memory.len());
+        drop(memory);
+        // New memory in the same place: what is in flight must not reach it through old tables.
+        let memory = Memory::new(256 << 12, Some(SHARED_PLACE))?;
+        let end = channel.end()?;
+        let failed = matches!(end.status, Status::Failed(Reason::PageInvalid));
+        ensure!(
+            failed || end.status == Status::Done,
+            "a fill after munmap: {end:x?}"
+        );
+        channel
+            .fill(how, 0, memory.address(), memory.len())?
+            .expect_done("a fill")?;
+        memory.check("new memory", |_| 0)?;
+    }
+    holds("munmap while DMA runs ends it or moves it to new pages");
+    let memory = Memory::new(4096 << 12, None)?;
+    channel.start(Operation::Fill, how, 0, memory.address(), memory.len());
+    holds("a process ends while DMA runs");
+    Ok(())
+}
+
+/// A PASID that is freed and used again never shows old memory.
+///
+/// # Errors
+/// What does not hold.
+pub fn reuse(address: &str) -> Result<()> {
+    let mut seen = Vec::new();
+    for round in 0..256u64 {
+        let bound = Bound::new(address)?;
+        let page = bound.channel(round % 64)?;
+        let channel = Channel::alone(&page);
+        let memory = Memory::new(PAGE as usize, Some(SHARED_PLACE))?;
+        memory.fill_with(|_| round as u8);
+        let sum = channel.checksum(How::sva(bound.pasid()), memory.address(), PAGE)?;
+        let sum = sum.expect_done("a sum")?;
+        let right = checksum(std::iter::repeat_n(round as u8, PAGE as usize));
+        if sum.result != right {
+            bail!("PASID {} sees old memory in round {round}", bound.pasid());
+        }
+        seen.push(bound.pasid());
+    }
+    seen.sort_unstable();
+    seen.dedup();
+    holds(&format!(
+        "256 rounds with {} PASIDs never see old memory",
+        seen.len()
+    ));
+    Ok(())
+}

@@ -1,0 +1,15 @@
+//! Drives nestling's DMA test engine from guest user space.
+//!
+//! [`registers`] is a driver of the device's documented registers over any way to reach them;
+//! [`memory`] has the ways and the buffers; [`sysfs`], [`vfio`] and [`sva`] are three ways to own
+//! the device: with no driver at all, through VFIO (legacy group or iommufd with PASIDs), and
+//! through the kernel module beside this crate, which binds the process's own address space.
+//! [`checks`] are the tests that `dma-engine CHECK ADDRESS` runs in a guest.
+
+pub mod checks;
+mod ioctl;
+pub mod memory;
+pub mod registers;
+pub mod sva;
+pub mod sysfs;
+pub mod vfio;

@@ -1,0 +1,41 @@
+//! `dma-engine CHECK ADDRESS [PROCESSES]`: runs one check on the engine at a PCI address. Prints
+//! one line for each thing that holds; the status is 0 when all do.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use dma_engine::checks;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match run(&words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dma-engine: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<()> {
+    match words {
+        ["blocked", address] => checks::blocked(address),
+        ["vfio", address] => checks::vfio(address),
+        ["pasid", address] => checks::pasid(address),
+        ["sva", address] => checks::sva(address, 1),
+        ["sva", address, processes] => {
+            let processes = processes
+                .parse()
+                .context("PROCESSES is a number, 1 to 64")?;
+            checks::sva(address, processes)
+        }
+        ["sva-one", address, channel] => {
+            let channel = channel.parse().context("CHANNEL is a number, 0 to 63")?;
+            checks::sva_one(address, channel)
+        }
+        ["unmap", address] => checks::unmap(address),
+        ["reuse", address] => checks::reuse(address),
+        _ => bail!("usage: dma-engine blocked|vfio|pasid|sva|unmap|reuse ADDRESS [PROCESSES]"),
+    }
+}
