@@ -1,241 +1,244 @@
 //! What a user gets wrong is told in one sentence, with a status that says so, and nothing is
 //! left behind.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+#[cfg(test)]
+mod bad_input {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+    use std::process::{Command, Output};
 
-const NESTLING: &str = env!("CARGO_BIN_EXE_nestling");
+    const NESTLING: &str = env!("CARGO_BIN_EXE_nestling");
 
-/// A directory of the test's own.
-struct Scratch(PathBuf);
+    /// A directory of the test's own.
+    struct Scratch(PathBuf);
 
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("nestling-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("nestling-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn file(&self, name: &str, bytes: &[u8]) -> String {
+            let path = self.0.join(name);
+            fs::write(&path, bytes).unwrap();
+            path.display().to_string()
+        }
     }
 
-    fn file(&self, name: &str, bytes: &[u8]) -> String {
-        let path = self.0.join(name);
-        fs::write(&path, bytes).unwrap();
-        path.display().to_string()
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
     }
-}
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+    fn nestling(arguments: &[&str]) -> Output {
+        Command::new(NESTLING).args(arguments).output().unwrap()
     }
-}
 
-fn nestling(arguments: &[&str]) -> Output {
-    Command::new(NESTLING).args(arguments).output().unwrap()
-}
+    /// Runs, and checks that there is one line with all of `words` and the status.
+    fn refused(arguments: &[&str], status: i32, words: &[&str]) {
+        let output = nestling(arguments);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {error}");
+        assert_eq!(error.lines().count(), 1, "{arguments:?}: {error}");
+        assert!(error.starts_with("nestling: "), "{error}");
+        for word in words {
+            assert!(
+                error.contains(word),
+                "{arguments:?}: no {word:?} in {error}"
+            );
+        }
+    }
 
-/// Runs, and checks that there is one line with all of `words` and the status.
-fn refused(arguments: &[&str], status: i32, words: &[&str]) {
-    let output = nestling(arguments);
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(status), "{arguments:?}: {error}");
-    assert_eq!(error.lines().count(), 1, "{arguments:?}: {error}");
-    assert!(error.starts_with("nestling: "), "{error}");
-    for word in words {
-        assert!(
-            error.contains(word),
-            "{arguments:?}: no {word:?} in {error}"
+    /// The smallest file that is a bzImage by its header.
+    fn bzimage() -> Vec<u8> {
+        let mut image = vec![0; 5 * 512 + 0x1000];
+        image[0x1f1] = 4;
+        image[0x1f4..0x1f8].copy_from_slice(&0x100u32.to_le_bytes());
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
+        image[0x211] = 1;
+        image[0x214..0x218].copy_from_slice(&0x10_0000u32.to_le_bytes());
+        image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
+        image[0x236] = 1;
+        image[0x238..0x23c].copy_from_slice(&255u32.to_le_bytes());
+        // At the 64-bit entry: mov al, 42; out 0xf4, al; hlt.
+        image[5 * 512 + 0x200..5 * 512 + 0x205].copy_from_slice(&[0xb0, 42, 0xe6, 0xf4, 0xf4]);
+        image
+    }
+
+    fn has_kvm() -> bool {
+        let there = fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok();
+        if !there {
+            println!("skipped: /dev/kvm cannot be opened here");
+        }
+        there
+    }
+
+    #[test]
+    fn a_wrong_command_line_or_configuration_is_a_usage_error() {
+        let scratch = Scratch::new("usage");
+        let json = |text: &str| scratch.file("vm.json", text.as_bytes());
+        for (arguments, words) in [
+            (vec!["run", "--kernle", "k"], vec!["--kernle", "--kernel"]),
+            (vec!["ruin"], vec!["ruin"]),
+            (
+                vec!["run", "--cpus", "boot=2"],
+                vec!["no kernel", "--kernel"],
+            ),
+            (
+                vec!["run", "--kernel", "k", "--memory", "sise=1G"],
+                vec!["sise", "did you mean \"size\""],
+            ),
+            (
+                vec!["run", "--kernel", "k", "--memory", "size=1M"],
+                vec!["size=1M is too small", "at least 16M"],
+            ),
+            (
+                vec!["run", "--kernel", "k", "--cpus", "boot=65"],
+                vec!["boot=65", "1 to 64"],
+            ),
+            (
+                vec!["run", "--kernel", "k", "--disk", "readonly=on"],
+                vec!["lacks path"],
+            ),
+            (
+                vec!["run", "--config", "/nonexistent/vm.json"],
+                vec!["/nonexistent/vm.json", "correct the path"],
+            ),
+        ] {
+            refused(&arguments, 2, &words);
+        }
+        let config = json(r#"{"payload": {"kernel": "k"}, "dsks": []}"#);
+        refused(
+            &["run", "--config", &config],
+            2,
+            &["dsks", "did you mean \"disks\""],
+        );
+        let config = json("{\n");
+        refused(&["run", "--config", &config], 2, &["not JSON"]);
+    }
+
+    #[test]
+    fn what_the_host_does_not_have_is_an_error_that_names_it() {
+        if !has_kvm() {
+            return;
+        }
+        let scratch = Scratch::new("host");
+        let kernel = scratch.file("bzImage", &bzimage());
+        let text = scratch.file("text", &[b'x'; 4096]);
+        let short = scratch.file("short", &bzimage()[..5 * 512 + 100]);
+        let long = "x".repeat(256);
+        let run = |arguments: &[&str], words: &[&str]| {
+            let mut all = vec!["run", "--memory", "size=64M"];
+            all.extend(arguments);
+            refused(&all, 1, words);
+        };
+        run(
+            &["--kernel", "/nonexistent/kernel"],
+            &["/nonexistent/kernel", "cannot be read"],
+        );
+        run(&["--kernel", &text], &["is not a kernel", "bzImage"]);
+        run(&["--kernel", &short], &["truncated", "copy it again"]);
+        run(
+            &["--kernel", &kernel, "--cmdline", &long],
+            &["256 bytes", "takes 255", "shorten"],
+        );
+        run(
+            &["--kernel", &kernel, "--initramfs", "/nonexistent/initrd"],
+            &["initramfs /nonexistent/initrd"],
+        );
+        run(
+            &["--kernel", &kernel, "--disk", "path=/nonexistent/disk"],
+            &["/nonexistent/disk", "does not exist"],
+        );
+        run(
+            &["--kernel", &kernel, "--net", "tap=nonexistent0"],
+            &["tap"],
+        );
+        run(
+            &["--kernel", &kernel, "--serial", "file=/nonexistent/log"],
+            &["/nonexistent/log"],
+        );
+        refused(
+            &["run", "--kernel", &kernel, "--memory", "size=64T"],
+            1,
+            &["size=64T", "give less"],
         );
     }
-}
 
-/// The smallest file that is a bzImage by its header.
-fn bzimage() -> Vec<u8> {
-    let mut image = vec![0; 5 * 512 + 0x1000];
-    image[0x1f1] = 4;
-    image[0x1f4..0x1f8].copy_from_slice(&0x100u32.to_le_bytes());
-    image[0x202..0x206].copy_from_slice(b"HdrS");
-    image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-    image[0x211] = 1;
-    image[0x214..0x218].copy_from_slice(&0x10_0000u32.to_le_bytes());
-    image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
-    image[0x236] = 1;
-    image[0x238..0x23c].copy_from_slice(&255u32.to_le_bytes());
-    // At the 64-bit entry: mov al, 42; out 0xf4, al; hlt.
-    image[5 * 512 + 0x200..5 * 512 + 0x205].copy_from_slice(&[0xb0, 42, 0xe6, 0xf4, 0xf4]);
-    image
-}
-
-fn has_kvm() -> bool {
-    let there = fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_ok();
-    if !there {
-        println!("skipped: /dev/kvm cannot be opened here");
+    #[test]
+    fn a_refusal_leaves_nothing_behind() {
+        if !has_kvm() {
+            return;
+        }
+        let scratch = Scratch::new("nothing");
+        let kernel = scratch.file("bzImage", &bzimage());
+        let socket = scratch.0.join("console");
+        let console = format!("socket={}", socket.display());
+        refused(
+            &[
+                "run",
+                "--kernel",
+                &kernel,
+                "--console",
+                &console,
+                "--disk",
+                "path=/nonexistent/disk",
+            ],
+            1,
+            &["/nonexistent/disk"],
+        );
+        assert!(!Path::new(&socket).exists());
     }
-    there
-}
 
-#[test]
-fn a_wrong_command_line_or_configuration_is_a_usage_error() {
-    let scratch = Scratch::new("usage");
-    let json = |text: &str| scratch.file("vm.json", text.as_bytes());
-    for (arguments, words) in [
-        (vec!["run", "--kernle", "k"], vec!["--kernle", "--kernel"]),
-        (vec!["ruin"], vec!["ruin"]),
-        (
-            vec!["run", "--cpus", "boot=2"],
-            vec!["no kernel", "--kernel"],
-        ),
-        (
-            vec!["run", "--kernel", "k", "--memory", "sise=1G"],
-            vec!["sise", "did you mean \"size\""],
-        ),
-        (
-            vec!["run", "--kernel", "k", "--memory", "size=1M"],
-            vec!["size=1M is too small", "at least 16M"],
-        ),
-        (
-            vec!["run", "--kernel", "k", "--cpus", "boot=65"],
-            vec!["boot=65", "1 to 64"],
-        ),
-        (
-            vec!["run", "--kernel", "k", "--disk", "readonly=on"],
-            vec!["lacks path"],
-        ),
-        (
-            vec!["run", "--config", "/nonexistent/vm.json"],
-            vec!["/nonexistent/vm.json", "correct the path"],
-        ),
-    ] {
-        refused(&arguments, 2, &words);
-    }
-    let config = json(r#"{"payload": {"kernel": "k"}, "dsks": []}"#);
-    refused(
-        &["run", "--config", &config],
-        2,
-        &["dsks", "did you mean \"disks\""],
-    );
-    let config = json("{\n");
-    refused(&["run", "--config", &config], 2, &["not JSON"]);
-}
-
-#[test]
-fn what_the_host_does_not_have_is_an_error_that_names_it() {
-    if !has_kvm() {
-        return;
-    }
-    let scratch = Scratch::new("host");
-    let kernel = scratch.file("bzImage", &bzimage());
-    let text = scratch.file("text", &[b'x'; 4096]);
-    let short = scratch.file("short", &bzimage()[..5 * 512 + 100]);
-    let long = "x".repeat(256);
-    let run = |arguments: &[&str], words: &[&str]| {
-        let mut all = vec!["run", "--memory", "size=64M"];
-        all.extend(arguments);
-        refused(&all, 1, words);
-    };
-    run(
-        &["--kernel", "/nonexistent/kernel"],
-        &["/nonexistent/kernel", "cannot be read"],
-    );
-    run(&["--kernel", &text], &["is not a kernel", "bzImage"]);
-    run(&["--kernel", &short], &["truncated", "copy it again"]);
-    run(
-        &["--kernel", &kernel, "--cmdline", &long],
-        &["256 bytes", "takes 255", "shorten"],
-    );
-    run(
-        &["--kernel", &kernel, "--initramfs", "/nonexistent/initrd"],
-        &["initramfs /nonexistent/initrd"],
-    );
-    run(
-        &["--kernel", &kernel, "--disk", "path=/nonexistent/disk"],
-        &["/nonexistent/disk", "does not exist"],
-    );
-    run(
-        &["--kernel", &kernel, "--net", "tap=nonexistent0"],
-        &["tap"],
-    );
-    run(
-        &["--kernel", &kernel, "--serial", "file=/nonexistent/log"],
-        &["/nonexistent/log"],
-    );
-    refused(
-        &["run", "--kernel", &kernel, "--memory", "size=64T"],
-        1,
-        &["size=64T", "give less"],
-    );
-}
-
-#[test]
-fn a_refusal_leaves_nothing_behind() {
-    if !has_kvm() {
-        return;
-    }
-    let scratch = Scratch::new("nothing");
-    let kernel = scratch.file("bzImage", &bzimage());
-    let socket = scratch.0.join("console");
-    let console = format!("socket={}", socket.display());
-    refused(
-        &[
+    #[test]
+    fn a_guest_that_writes_to_the_debug_exit_port_ends_nestling_with_its_status() {
+        if !has_kvm() {
+            return;
+        }
+        let scratch = Scratch::new("exit");
+        let kernel = scratch.file("bzImage", &bzimage());
+        let socket = scratch.0.join("console");
+        let console = format!("socket={}", socket.display());
+        let output = nestling(&[
             "run",
             "--kernel",
             &kernel,
+            "--memory",
+            "size=64M",
+            "--cpus",
+            "boot=4",
+            "--serial",
+            "null",
             "--console",
             &console,
-            "--disk",
-            "path=/nonexistent/disk",
-        ],
-        1,
-        &["/nonexistent/disk"],
-    );
-    assert!(!Path::new(&socket).exists());
-}
-
-#[test]
-fn a_guest_that_writes_to_the_debug_exit_port_ends_nestling_with_its_status() {
-    if !has_kvm() {
-        return;
+            "--platform",
+            "debug_exit=on",
+        ]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(42), "{error}");
+        assert_eq!(error, "");
+        assert!(!socket.exists());
     }
-    let scratch = Scratch::new("exit");
-    let kernel = scratch.file("bzImage", &bzimage());
-    let socket = scratch.0.join("console");
-    let console = format!("socket={}", socket.display());
-    let output = nestling(&[
-        "run",
-        "--kernel",
-        &kernel,
-        "--memory",
-        "size=64M",
-        "--cpus",
-        "boot=4",
-        "--serial",
-        "null",
-        "--console",
-        &console,
-        "--platform",
-        "debug_exit=on",
-    ]);
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(42), "{error}");
-    assert_eq!(error, "");
-    assert!(!socket.exists());
-}
 
-#[test]
-fn help_tells_every_option_and_every_status() {
-    let output = nestling(&["run", "--help"]);
-    assert!(output.status.success());
-    let help = String::from_utf8(output.stdout).unwrap();
-    for section in vmm::config::SECTIONS {
-        for field in section.group.fields {
-            assert!(help.contains(field.option), "{}", field.option);
+    #[test]
+    fn help_tells_every_option_and_every_status() {
+        let output = nestling(&["run", "--help"]);
+        assert!(output.status.success());
+        let help = String::from_utf8(output.stdout).unwrap();
+        for section in vmm::config::SECTIONS {
+            for field in section.group.fields {
+                assert!(help.contains(field.option), "{}", field.option);
+            }
         }
-    }
-    for (status, _) in vmm::outcome::STATUSES {
-        assert!(help.contains(&format!("\n  {status} ")), "{status}");
+        for (status, _) in vmm::outcome::STATUSES {
+            assert!(help.contains(&format!("\n  {status} ")), "{status}");
+        }
     }
 }

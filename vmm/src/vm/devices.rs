@@ -49,7 +49,7 @@ pub enum DeviceError {
     Console(#[from] ConsoleError),
     /// A vIOMMU.
     #[error(transparent)]
-    Viommu(Box<ViommuError>),
+    Viommu(#[from] ViommuError),
     /// The entropy source.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -80,12 +80,6 @@ pub enum DeviceError {
         /// What the host said.
         source: io::Error,
     },
-}
-
-impl From<ViommuError> for DeviceError {
-    fn from(error: ViommuError) -> Self {
-        Self::Viommu(Box::new(error))
-    }
 }
 
 /// The devices of a VM. Dropping them stops them.

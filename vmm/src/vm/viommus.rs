@@ -26,16 +26,28 @@ use crate::memory::layout::{Layout, VTD_UNITS};
 pub enum ViommuError {
     /// What was asked for is not there.
     #[error(transparent)]
-    Unsupported(#[from] Unsupported),
+    Unsupported(Box<Unsupported>),
     /// A device cannot be behind its vIOMMU.
     #[error(transparent)]
-    Endpoint(#[from] AddError),
+    Endpoint(Box<AddError>),
     /// The engine does not take the device.
     #[error(transparent)]
     Engine(#[from] Refused),
     /// A register page is taken.
     #[error(transparent)]
     Bus(#[from] BusError),
+}
+
+impl From<Unsupported> for ViommuError {
+    fn from(error: Unsupported) -> Self {
+        Self::Unsupported(Box::new(error))
+    }
+}
+
+impl From<AddError> for ViommuError {
+    fn from(error: AddError) -> Self {
+        Self::Endpoint(Box::new(error))
+    }
 }
 
 /// The vIOMMUs of a VM.
