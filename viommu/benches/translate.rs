@@ -6,6 +6,11 @@
 //! interleaved with the raw walk's, and the ratio is the median of the rounds' ratios: on a
 //! shared machine only ratios mean something.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a benchmark stops at what it does not expect"
+)]
+
 use std::hint::black_box;
 use std::sync::{Arc, Barrier};
 use std::time::Instant;
@@ -117,7 +122,11 @@ fn raw_walk(host: *const u8, root: u64, address: u64) -> u64 {
         let entry = table + (address >> shift & 511) * 8;
         // SAFETY: `Tables` built every entry on the way, inside the RAM at `host`, and the
         // callers' addresses are those it mapped.
-        table = unsafe { host.add(entry as usize).cast::<u64>().read_volatile() } & !0xfff;
+        table = unsafe {
+            host.wrapping_add(entry as usize)
+                .cast::<u64>()
+                .read_volatile()
+        } & !0xfff;
     }
     table
 }
@@ -129,7 +138,11 @@ fn raw_walk_2d(host: *const u8, root: u64, outer: u64, address: u64) -> u64 {
     for shift in [39, 30, 21, 12] {
         let entry = table + (address >> shift & 511) * 8;
         // SAFETY: as in `raw_walk`; the outer table maps all of RAM to itself.
-        let next = unsafe { host.add(entry as usize).cast::<u64>().read_volatile() } & !0xfff;
+        let next = unsafe {
+            host.wrapping_add(entry as usize)
+                .cast::<u64>()
+                .read_volatile()
+        } & !0xfff;
         table = raw_walk(host, outer, next);
     }
     table

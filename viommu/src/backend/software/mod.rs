@@ -21,6 +21,8 @@ mod walk;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{HashMap, HashSet};

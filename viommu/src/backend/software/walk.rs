@@ -351,12 +351,6 @@ impl Walker<'_> {
         request: Request,
     ) -> Result<Page, FaultCause> {
         let middle = page.at(iova);
-        // Second-stage permissions know no privilege.
-        let request = Request {
-            privileged: false,
-            execute: false,
-            ..request
-        };
         let outer = self.second_stage(stage2, middle, request, Stage::Second)?;
         let part = outer.part(middle, page.shift);
         Ok(Page {
