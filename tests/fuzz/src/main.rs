@@ -31,6 +31,7 @@ const TARGETS: &[Target] = &[
         "viommu-virtual-commands",
         viommu::pasid::fuzz::virtual_commands,
     ),
+    ("vmm-options", vmm::config::fuzz::options),
 ];
 
 /// What `NESTLING_FUZZ` names.

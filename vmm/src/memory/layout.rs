@@ -13,6 +13,8 @@
 
 use std::fmt;
 
+use viommu::reserved::{Regions, X86_MSI};
+
 /// A range of guest-physical addresses in bytes, both ends inclusive.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Range {
@@ -72,13 +74,13 @@ impl fmt::Display for Range {
     }
 }
 
-/// A range that stays free, and whose it is (for errors).
+/// What one host device keeps out of guest memory, and its name (for errors).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reserved {
-    /// The addresses.
-    pub range: Range,
+pub struct HostReserved {
     /// What needs them, for example a host device's address.
     pub what: String,
+    /// The addresses.
+    pub regions: Regions,
 }
 
 /// Where the I/O APIC's registers are.
@@ -86,7 +88,7 @@ pub const IOAPIC: Range = Range::new(0xfec0_0000, 0xfec0_0fff);
 /// Where the registers of VT-d units are: one page of 4 KiB each.
 pub const VTD_UNITS: Range = Range::new(0xfed9_0000, 0xfed9_ffff);
 /// The local APICs' page, which is also the MSI doorbell.
-pub const MSI_DOORBELL: Range = Range::new(0xfee0_0000, 0xfeef_ffff);
+pub const MSI_DOORBELL: Range = Range::new(X86_MSI.first, X86_MSI.last);
 /// KVM's identity page table (one page) and, after it, its real-mode TSS (three pages): needed on
 /// Intel hosts without unrestricted guests.
 pub const KVM_PAGES: Range = Range::new(0xfffb_c000, 0xfffb_ffff);
@@ -169,24 +171,38 @@ pub enum LayoutError {
 ///
 /// # Errors
 /// See [`LayoutError`].
-pub fn compose(ram: u64, address_width: u8, reserved: &[Reserved]) -> Result<Layout, LayoutError> {
-    if let Some(hit) = reserved.iter().find(|r| r.range.overlaps(BOOT_AREA)) {
+pub fn compose(
+    ram: u64,
+    address_width: u8,
+    reserved: &[HostReserved],
+) -> Result<Layout, LayoutError> {
+    let of_hosts: Vec<(Range, &str)> = reserved
+        .iter()
+        .flat_map(|host| {
+            let ranges = host.regions.iter().map(|r| Range::new(r.first, r.last));
+            ranges.map(|range| (range, host.what.as_str()))
+        })
+        .collect();
+    if let Some((range, what)) = of_hosts.iter().find(|(range, _)| range.overlaps(BOOT_AREA)) {
         return Err(LayoutError::BootArea {
-            what: hit.what.clone(),
-            range: hit.range,
+            what: (*what).into(),
+            range: *range,
         });
     }
-    let mut holes: Vec<Range> = ARCHITECTURAL.iter().map(|(range, _)| *range).collect();
-    holes.extend(reserved.iter().map(|r| r.range));
+    let mut holes: Vec<Range> = ARCHITECTURAL
+        .iter()
+        .chain(&of_hosts)
+        .map(|(range, _)| *range)
+        .collect();
     holes.sort();
 
     let low_devices = Range::new(LOW_RAM_END, 4 * GIB - 1);
     let (ecam, mmio32) = low_windows(low_devices, &holes).ok_or_else(|| {
-        let near = reserved.iter().filter(|r| r.range.overlaps(low_devices));
+        let near = of_hosts.iter().filter(|(r, _)| r.overlaps(low_devices));
         LayoutError::NoWindow {
             what: "a 256 MiB ECAM and a 64 MiB aperture",
             reserved: near
-                .map(|r| format!("{} {}", r.what, r.range))
+                .map(|(range, what)| format!("{what} {range}"))
                 .collect::<Vec<_>>()
                 .join(", "),
         }
@@ -289,9 +305,20 @@ impl Layout {
 mod tests {
     use proptest::prelude::*;
 
+    use viommu::reserved::Kind;
+
     use super::*;
 
-    fn check(ram: u64, width: u8, reserved: &[Reserved], layout: &Layout) {
+    fn host(first: u64, last: u64) -> HostReserved {
+        let mut regions = Regions::new();
+        regions.insert(first, last, Kind::Reserved);
+        HostReserved {
+            what: "0000:01:00.0".into(),
+            regions,
+        }
+    }
+
+    fn check(ram: u64, width: u8, reserved: &[HostReserved], layout: &Layout) {
         assert_eq!(layout.ram_size(), ram, "RAM was lost");
         assert_eq!(layout.ram[0].first, 0);
         let mut parts = layout.ram.clone();
@@ -307,7 +334,8 @@ mod tests {
                 "{part} of {width} bits"
             );
             let holes = ARCHITECTURAL.iter().map(|(range, _)| *range);
-            for hole in holes.chain(reserved.iter().map(|r| r.range)) {
+            let hosts = reserved.iter().flat_map(|host| host.regions.iter());
+            for hole in holes.chain(hosts.map(|r| Range::new(r.first, r.last))) {
                 assert!(!part.overlaps(hole), "{part} overlaps reserved {hole}");
             }
             for other in &parts[n + 1..] {
@@ -335,10 +363,7 @@ mod tests {
 
     #[test]
     fn ram_flows_around_a_reserved_range() {
-        let reserved = [Reserved {
-            range: Range::new(0x4000_1000, 0x4000_1fff),
-            what: "0000:01:00.0".into(),
-        }];
+        let reserved = [host(0x4000_1000, 0x4000_1fff)];
         let layout = compose(2 * GIB, 46, &reserved).unwrap();
         check(2 * GIB, 46, &reserved, &layout);
         assert_eq!(layout.ram.len(), 2);
@@ -352,12 +377,7 @@ mod tests {
             Err(LayoutError::TooWide { .. })
         ));
         assert!(compose(GIB, 32, &[]).is_err());
-        let at = |first, last| {
-            [Reserved {
-                range: Range::new(first, last),
-                what: "0000:01:00.0".into(),
-            }]
-        };
+        let at = |first, last| [host(first, last)];
         let error = compose(GIB, 40, &at(0x8_0000, 0x8_0fff)).unwrap_err();
         assert!(error.to_string().contains("0000:01:00.0"), "{error}");
         let error = compose(GIB, 40, &at(0xc000_0000, 0xefff_ffff)).unwrap_err();
@@ -374,11 +394,11 @@ mod tests {
             width in 34u8..58,
             raw in prop::collection::vec((0u64..1 << 44, 1u64..1 << 36, 0u8..24), 0..8),
         ) {
-            let reserved: Vec<Reserved> = raw
+            let reserved: Vec<HostReserved> = raw
                 .into_iter()
                 .map(|(first, len, shift)| {
                     let first = (first >> shift).max(BOOT_AREA.last + 1);
-                    Reserved { range: Range::new(first, first + (len >> shift)), what: "d".into() }
+                    host(first, first + (len >> shift))
                 })
                 .collect();
             let ram = units * RAM_UNIT;
@@ -399,9 +419,9 @@ mod tests {
             width: u8,
             raw in prop::collection::vec((any::<u64>(), any::<u64>()), 0..6),
         ) {
-            let reserved: Vec<Reserved> = raw
+            let reserved: Vec<HostReserved> = raw
                 .into_iter()
-                .map(|(a, b)| Reserved { range: Range::new(a.min(b), a.max(b)), what: "d".into() })
+                .map(|(a, b)| host(a.min(b), a.max(b)))
                 .collect();
             let _ = compose(ram & !(RAM_UNIT - 1), width, &reserved);
         }

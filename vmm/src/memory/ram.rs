@@ -178,15 +178,18 @@ fn check_huge_pages(size: Size) -> Result<(), RamError> {
 
 #[cfg(test)]
 mod tests {
+    use viommu::reserved::{Kind, Regions};
     use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
     use super::*;
-    use crate::memory::layout::{Range, Reserved, compose};
+    use crate::memory::layout::{HostReserved, compose};
 
     fn two_regions() -> Layout {
-        let hole = Reserved {
-            range: Range::new(32 << 20, (34 << 20) - 1),
+        let mut regions = Regions::new();
+        regions.insert(32 << 20, (34 << 20) - 1, Kind::Reserved);
+        let hole = HostReserved {
             what: "test".into(),
+            regions,
         };
         let layout = compose(64 << 20, 40, &[hole]).unwrap();
         assert_eq!(layout.ram.len(), 2);
