@@ -315,5 +315,7 @@ impl Events {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -21,6 +21,7 @@ type Target = (&'static str, fn(&[u8]));
 /// Every target, by `crate-part` name.
 const TARGETS: &[Target] = &[
     ("devices-block", devices::virtio::block::fuzz::requests),
+    ("devices-virtio-iommu", devices::virtio::iommu::fuzz::rings),
     ("devices-dma-engine", devices::testdev::fuzz::dma_engine),
     ("devices-net", devices::virtio::net::fuzz::frames),
     ("devices-pci", devices::pci::fuzz::accesses),
