@@ -6,6 +6,7 @@
 pub mod bus;
 pub mod interrupt;
 pub mod legacy;
+mod limit;
 pub mod passthrough;
 pub mod pci;
 pub mod testdev;

@@ -39,8 +39,9 @@ const KEPT: u64 =
 /// Called on vCPU threads and device threads with the I/O APIC locked: an implementation must not
 /// call back and must not block.
 pub trait IoapicSink: Send + Sync {
-    /// Pin `pin` now stands for `msi`, masked or not. KVM learns from the routes of the first 24
-    /// GSIs which EOIs it has to report, so they are kept in step with this.
+    /// Pin `pin` now stands for `msi`, masked or not; called only when that changed. KVM learns
+    /// from the routes of the first 24 GSIs which EOIs it has to report, so they are kept in step
+    /// with this. Before the first call a pin stands for nothing.
     fn route(&self, pin: u8, msi: Msi);
 
     /// Pin `pin` interrupts.
@@ -86,12 +87,10 @@ impl Ioapic {
 
     /// An I/O APIC after power-on: everything masked.
     pub fn new(sink: Arc<dyn IoapicSink>) -> Arc<Self> {
-        let ioapic = Self {
+        Arc::new(Self {
             sink,
             state: Mutex::new(State::new()),
-        };
-        ioapic.route_all(&ioapic.state());
-        Arc::new(ioapic)
+        })
     }
 
     /// The line into `pin`; a pin that does not exist leads nowhere.
@@ -130,21 +129,21 @@ impl Ioapic {
     /// Back to the state after power-on. The lines keep their levels: they are the devices'.
     pub fn reset(&self) {
         let mut state = self.state();
-        let highs = state.pins.map(|pin| pin.high);
-        *state = State::new();
-        for (pin, high) in state.pins.iter_mut().zip(highs) {
-            pin.high = high;
+        let before = std::mem::replace(&mut *state, State::new());
+        for ((pin, at), old) in (0..).zip(&mut state.pins).zip(before.pins) {
+            at.high = old.high;
+            self.route(pin, old.entry, at.entry);
         }
-        self.route_all(&state);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn route_all(&self, state: &State) {
-        for (pin, at) in (0..).zip(&state.pins) {
-            self.sink.route(pin, message(at.entry));
+    /// A change of routes is a slow call into the kernel; masking is not one.
+    fn route(&self, pin: u8, old: u64, new: u64) {
+        if message(old) != message(new) {
+            self.sink.route(pin, message(new));
         }
     }
 
@@ -195,12 +194,13 @@ impl Ioapic {
         };
         let half = u64::from(u32::MAX) << shift;
         let written = u64::from(value) << shift & half & KEPT;
+        let before = at.entry;
         at.entry = at.entry & (!half | READ_ONLY) | written;
         if at.entry & LEVEL == 0 {
             // An edge-triggered pin waits for no EOI. Older drivers end an interrupt this way.
             at.entry &= !REMOTE_IRR;
         }
-        self.sink.route(pin as u8, message(at.entry));
+        self.route(pin as u8, before, at.entry);
         self.service(pin as u8, at);
     }
 }
@@ -343,6 +343,20 @@ mod tests {
         assert_eq!(recorder.routes.lock().unwrap().last(), Some(&(4, msi)));
         ioapic.set(4, true);
         assert_eq!(*recorder.delivered.lock().unwrap(), [(4, msi)]);
+    }
+
+    #[test]
+    fn masking_changes_no_route_and_a_reset_takes_back_those_that_were_made() {
+        let (recorder, ioapic) = ioapic();
+        assert!(recorder.routes.lock().unwrap().is_empty());
+        program(&ioapic, 7, 0x33);
+        for _ in 0..5 {
+            program(&ioapic, 7, MASKED | 0x33);
+            program(&ioapic, 7, 0x33);
+        }
+        assert_eq!(recorder.routes.lock().unwrap().len(), 1);
+        ioapic.reset();
+        assert_eq!(recorder.routes.lock().unwrap()[1..], [(7, message(0))]);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use viommu::interrupt::Msi;
 
 use crate::interrupt::{MsiSource, MsiVector};
+use crate::limit::warn_limited;
 
 /// Who signals a function's vectors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,7 +87,7 @@ impl Vector {
         self.routed = match self.vector.route(msi) {
             Ok(()) => msi,
             Err(error) => {
-                log::warn!("an interrupt is not delivered: no route for {msi:x?}: {error}");
+                warn_limited!("an interrupt is not delivered: no route for {msi:x?}: {error}");
                 None
             }
         };

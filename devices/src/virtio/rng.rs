@@ -17,6 +17,7 @@ use super::buffers::{self, TransferError};
 use super::device::{Activation, DeviceType, VirtioDevice, VirtioInterrupt};
 use super::ring::{Broken, Chain, RING_FEATURES, Ring};
 use super::worker::{Stop, Waiter, Workers};
+use crate::limit::warn_limited;
 
 const QUEUE_SIZE: u16 = 64;
 /// The most bytes that one request gets.
@@ -125,7 +126,7 @@ impl Service {
         let mut chain = Chain::default();
         loop {
             if let Err(broken) = self.drain(&mut chain) {
-                log::warn!("virtio-rng needs a reset by the guest: {broken}");
+                warn_limited!("virtio-rng needs a reset by the guest: {broken}");
                 self.interrupt.needs_reset();
                 return;
             }

@@ -13,6 +13,7 @@ use viommu::Rid;
 
 use crate::bus::{Bus, BusDevice};
 use crate::legacy::PowerEvents;
+use crate::limit::warn_limited;
 use crate::pci::bar::{Bar, BarKind};
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::function::{Decoded, Effect, IoEvent, PciFunction, Space};
@@ -238,7 +239,7 @@ impl PciRoot {
         // What firmware would do again: give every register its address.
         for here in self.present.load().iter() {
             if let Err(error) = self.assign(here.rid, &*here.function) {
-                log::warn!("{error}");
+                warn_limited!("{error}");
             }
         }
     }
@@ -356,7 +357,7 @@ impl PciRoot {
                 && match self.registry.add(decoded.space, address, event) {
                     Ok(()) => true,
                     Err(error) => {
-                        log::warn!("{}: doorbell at {address:#x} exits: {error}", here.rid);
+                        warn_limited!("{}: doorbell at {address:#x} exits: {error}", here.rid);
                         false
                     }
                 }

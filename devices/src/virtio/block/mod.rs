@@ -25,6 +25,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
+use crate::limit::warn_limited;
 use crate::virtio::buffers::{self, TransferError};
 use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
 use crate::virtio::ring::{Broken, Chain, RING_FEATURES, Ring};
@@ -350,7 +351,8 @@ impl Service {
     /// The thread that hears the kicks and the stop.
     fn lead(&self, waiter: &mut Waiter, kick: &EventFd) {
         // What was made available before the device was ready had its kick then.
-        self.serve();
+        let port = self.dma.clone();
+        self.serve(&port);
         loop {
             let stop = match waiter.wait() {
                 Ok(mut ready) => ready.any(|(token, _)| token == STOP),
@@ -366,12 +368,13 @@ impl Service {
             }
             // Another signal that comes in now is not lost: it wakes us again.
             let _ = kick.read();
-            self.serve();
+            self.serve(&port);
         }
     }
 
     /// A thread that joins when there is more than one request.
     fn help(&self) {
+        let port = self.dma.clone();
         loop {
             let idle = |queue: &mut Queue| !queue.wanted && !queue.ended;
             let mut queue = self
@@ -383,7 +386,7 @@ impl Service {
             }
             queue.wanted = false;
             drop(queue);
-            self.serve();
+            self.serve(&port);
         }
     }
 
@@ -392,10 +395,11 @@ impl Service {
         self.work.notify_all();
     }
 
-    fn serve(&self) {
+    /// `port` is the thread's own: each has its own translation cache.
+    fn serve(&self, port: &DmaPort) {
         let mut chain = Chain::default();
-        if let Err(broken) = self.drain(&mut chain) {
-            log::warn!("virtio-blk needs a reset by the guest: {broken}");
+        if let Err(broken) = self.drain(port, &mut chain) {
+            warn_limited!("virtio-blk needs a reset by the guest: {broken}");
             // Helpers that finish their request meanwhile find the ring ended.
             self.end();
             self.interrupt.needs_reset();
@@ -403,9 +407,9 @@ impl Service {
     }
 
     /// Serves requests until there are no more.
-    fn drain(&self, chain: &mut Chain) -> Result<(), Broken> {
+    fn drain(&self, port: &DmaPort, chain: &mut Chain) -> Result<(), Broken> {
         loop {
-            let access = self.dma.access();
+            let access = port.access();
             let mut queue = self.queue();
             if queue.ended || self.stop.is_set() {
                 return Ok(());
@@ -608,7 +612,7 @@ impl Disk {
         if let TransferError::Host(error) = &error
             && error.raw_os_error() != Some(libc::EFAULT)
         {
-            log::warn!("a {what} of a disk failed: {error}");
+            warn_limited!("a {what} of a disk failed: {error}");
         }
         Status::IoError
     }

@@ -19,6 +19,7 @@ use thiserror::Error;
 use viommu::dma::{DmaAccess, DmaPort};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::limit::warn_limited;
 use crate::virtio::buffers::{self, TransferError};
 use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
 use crate::virtio::ring::{Broken, Chain, RING_FEATURES};
@@ -235,7 +236,7 @@ impl VirtioDevice for Console {
             }
         }
         let service = Service {
-            dma: activation.dma,
+            dma: Arc::new(activation.dma),
             interrupt: activation.interrupt,
             stop,
             name: self.port.clone(),
@@ -380,7 +381,7 @@ impl<T: AsRawFd> End<T> {
 
 /// One activation of the device.
 struct Service {
-    dma: DmaPort,
+    dma: Arc<DmaPort>,
     interrupt: Arc<dyn VirtioInterrupt>,
     stop: Arc<Stop>,
     name: Option<String>,
@@ -409,7 +410,7 @@ impl Service {
             waiter,
         };
         if let Err(error) = self.serve(&mut link) {
-            log::warn!("virtio-console needs a reset by the guest: {error}");
+            warn_limited!("virtio-console needs a reset by the guest: {error}");
             self.interrupt.needs_reset();
         }
     }
@@ -444,7 +445,7 @@ impl Service {
 
     /// Does everything that can be done without waiting, within a turn.
     fn work(&mut self, link: &mut Link<'_>) -> io::Result<()> {
-        let dma = self.dma.clone();
+        let dma = Arc::clone(&self.dma);
         self.control(&dma)?;
         let more = self.output(link, &dma)? | self.input(link, &dma)?;
         let connected = link.is_connected();

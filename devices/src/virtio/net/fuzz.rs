@@ -36,7 +36,7 @@ pub fn frames(input: &[u8]) {
     let workers = Workers::new().expect("the host gives an eventfd");
     let mut service = Service {
         tap: Arc::new(Tap::fake(OwnedFd::from(tap))),
-        dma: attack.dma.clone(),
+        dma: Arc::new(attack.dma.clone()),
         interrupt: Arc::new(Recorder::default()),
         stop: workers.stop(),
         merge: flags & 8 != 0,

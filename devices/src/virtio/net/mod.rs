@@ -18,6 +18,7 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::epoll::EventSet;
 
+use crate::limit::warn_limited;
 use crate::virtio::buffers::{self, TransferError};
 use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
 use crate::virtio::ring::{Broken, Buffer, Chain, RING_FEATURES};
@@ -147,7 +148,7 @@ impl VirtioDevice for Net {
         }
         let service = Service {
             tap: Arc::clone(&self.tap),
-            dma: activation.dma,
+            dma: Arc::new(activation.dma),
             interrupt: activation.interrupt,
             stop,
             merge: has(VIRTIO_NET_F_MRG_RXBUF),
@@ -186,7 +187,7 @@ const TAP: u64 = 3;
 /// One activation of the device.
 struct Service {
     tap: Arc<Tap>,
-    dma: DmaPort,
+    dma: Arc<DmaPort>,
     interrupt: Arc<dyn VirtioInterrupt>,
     stop: Arc<Stop>,
     /// A frame may take several receive chains.
@@ -220,7 +221,7 @@ enum Pause {
 impl Service {
     fn run(mut self, mut waiter: Waiter) {
         if let Err(error) = self.serve(&mut waiter) {
-            log::warn!("virtio-net needs a reset by the guest: {error}");
+            warn_limited!("virtio-net needs a reset by the guest: {error}");
             self.interrupt.needs_reset();
         }
     }
@@ -280,7 +281,7 @@ impl Service {
     }
 
     fn receive_on(&mut self, queue: &mut ActiveQueue) -> Result<Pause, Broken> {
-        let dma = self.dma.clone();
+        let dma = Arc::clone(&self.dma);
         let mut pause = Pause::Turn;
         let mut delivered = false;
         for _ in 0..TURN {
@@ -391,7 +392,9 @@ impl Service {
                 if error.raw_os_error() == Some(libc::EIO));
             if down && !self.down {
                 let name = self.tap.name();
-                log::warn!("tap {name} is down: `ip link set dev {name} up` lets frames through");
+                warn_limited!(
+                    "tap {name} is down: `ip link set dev {name} up` lets frames through"
+                );
             }
             self.down = down;
         }

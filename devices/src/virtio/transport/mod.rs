@@ -19,6 +19,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::interrupt::MsiSource;
+use crate::limit::warn_limited;
 use crate::pci::config::{ConfigError, Express, Identity};
 use crate::pci::msix::{Msix, Place};
 use crate::pci::{Bar, ConfigSpace, Decoded, Delivery, Effect, IoEvent, PciFunction};
@@ -337,7 +338,7 @@ impl VirtioPci {
                 has(VIRTIO_RING_F_INDIRECT_DESC),
                 &self.dma.access(),
             ) else {
-                log::warn!("virtio queue {index} is not in memory: {:x?}", queue.ring);
+                warn_limited!("virtio queue {index} is not in memory: {:x?}", queue.ring);
                 return false;
             };
             queues.push(Some(ActiveQueue {
@@ -353,7 +354,7 @@ impl VirtioPci {
         });
         state.active = started.is_ok();
         if let Err(error) = started {
-            log::error!("a virtio device did not start: {error}");
+            warn_limited!("a virtio device did not start: {error}");
         }
         state.active
     }
