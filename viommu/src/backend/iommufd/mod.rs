@@ -50,6 +50,8 @@ mod shadow;
 mod space;
 
 #[cfg(test)]
+mod conformance;
+#[cfg(test)]
 mod fake;
 #[cfg(test)]
 mod tests;

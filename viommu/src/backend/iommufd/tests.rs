@@ -18,9 +18,9 @@ use crate::backend::{
 };
 use crate::{DomainId, Gpa, GuestRam, Iova, Pasid, Rid, Target};
 
-const MIB: u64 = 1 << 20;
-const A: Rid = Rid::new(0, 3, 0);
-const B: Rid = Rid::new(0, 4, 0);
+pub(super) const MIB: u64 = 1 << 20;
+pub(super) const A: Rid = Rid::new(0, 3, 0);
+pub(super) const B: Rid = Rid::new(0, 4, 0);
 
 /// Nesting, PASID 20 bits, page requests, 48-bit MGAW, no 5-level, no SRS, no EAFS.
 const UNIT: VtdHardware = VtdHardware {
@@ -43,15 +43,15 @@ const UNIT: VtdHardware = VtdHardware {
 /// The MSI window, which every x86 device reserves.
 const DOORBELLS: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
 
-struct Bench {
-    host: HostIommu,
-    fake: Arc<Fake>,
+pub(super) struct Bench {
+    pub(super) host: HostIommu,
+    pub(super) fake: Arc<Fake>,
     ram: GuestRam,
     sink: Arc<Sink>,
 }
 
 #[derive(Default)]
-struct Sink(Mutex<Vec<PageRequest>>);
+pub(super) struct Sink(Mutex<Vec<PageRequest>>);
 
 impl EventSink for Sink {
     fn fault(&self, fault: Fault) {
@@ -94,7 +94,7 @@ fn ram() -> GuestRam {
 
 impl Bench {
     /// RAM of 16 MiB at 0 and at 4 GiB; nothing else.
-    fn empty() -> Self {
+    pub(super) fn empty() -> Self {
         let fake = Arc::new(Fake::default());
         fake.world().iommus.push(FakeIommu {
             unit: UNIT,
@@ -121,7 +121,7 @@ impl Bench {
         bench
     }
 
-    fn add(&self, rid: Rid, change: impl FnOnce(&mut FakeDevice)) -> Result<(), Unfit> {
+    pub(super) fn add(&self, rid: Rid, change: impl FnOnce(&mut FakeDevice)) -> Result<(), Unfit> {
         let mut device = FakeDevice {
             iommu: 0,
             pasid_bits: 20,
@@ -153,7 +153,7 @@ impl Bench {
     }
 
     /// The record is what the kernel has, and what the kernel has is what the hardware does.
-    fn check(&self) {
+    pub(super) fn check(&self) {
         let world = self.fake.world();
         for (&id, device) in &world.devices {
             let endpoint = Rid(id as u16);
@@ -218,7 +218,7 @@ impl Bench {
     }
 }
 
-fn stage1(root: u64) -> Translation {
+pub(super) fn stage1(root: u64) -> Translation {
     Translation::Stage1(Stage1 {
         root: Gpa(root),
         width: 48,
@@ -250,7 +250,7 @@ fn pages(scope: Scope, first: u64, count: u64) -> Invalidation {
     }
 }
 
-fn mapping(iova: u64, gpa: u64, length: u64, access: Access) -> Mapping {
+pub(super) fn mapping(iova: u64, gpa: u64, length: u64, access: Access) -> Mapping {
     Mapping {
         iova: Iova(iova),
         gpa: Gpa(gpa),
@@ -983,7 +983,7 @@ fn a_device_without_pri_gets_tables_without_a_fault_queue() {
 
 // Second-stage tables, mirrored.
 
-const STAGE2: Stage2 = Stage2 {
+pub(super) const STAGE2: Stage2 = Stage2 {
     root: Gpa(0x10_0000),
     width: 48,
     ad: false,
@@ -995,13 +995,13 @@ impl Bench {
     }
 
     /// Tables for IOVA 0 to 2 MiB in pages: 1 MiB level 4, +4K level 3, +8K level 2, +12K level 1.
-    fn tables(&self) {
+    pub(super) fn tables(&self) {
         self.poke(0x10_0000, 0x10_1000 | 3);
         self.poke(0x10_1000, 0x10_2000 | 3);
         self.poke(0x10_2000, 0x10_3000 | 3);
     }
 
-    fn page(&self, index: u64, entry: u64) {
+    pub(super) fn page(&self, index: u64, entry: u64) {
         self.poke(0x10_3000 + index * 8, entry);
     }
 
