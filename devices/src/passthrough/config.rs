@@ -356,15 +356,8 @@ impl GuestConfig {
     /// Relinks the extended capabilities, at their own places, with PASID added.
     fn extended(&mut self, raw: &[u8; SIZE], offer: Offer) {
         let mut chain = Vec::new();
-        let mut at = EXTENDED;
-        let mut taken = Vec::new();
-        // 960 headers fit; the list of a broken device can be a circle.
-        while taken.len() < 960 && !taken.contains(&at) {
-            let header = dword(raw, at);
-            if header == 0 || header == u32::MAX {
-                break;
-            }
-            taken.push(at);
+        let all = headers(raw);
+        for &(at, header) in &all {
             let (id, version) = ((header & 0xffff) as u16, (header >> 16 & 0xf) as u8);
             let shown = match id {
                 extended::ATS => offer.ats && self.ats(raw, at),
@@ -377,11 +370,8 @@ impl GuestConfig {
                 // Not the header alone: nothing of what is hidden is to be found by chance.
                 self.keep(at, &[0; 8], &[]);
             }
-            at = (header >> 20) as u16 & 0xffc;
-            if at < EXTENDED {
-                break;
-            }
         }
+        let taken = all.iter().map(|&(at, _)| at).collect::<Vec<_>>();
         if let Some(pasid) = offer.pasid {
             match place_pasid(raw, pasid.at, &taken) {
                 Some(at) => {
@@ -603,6 +593,35 @@ fn dword(bytes: &[u8; SIZE], at: u16) -> u32 {
     let at = usize::from(at);
     let four = bytes.get(at..).and_then(|rest| rest.first_chunk());
     four.map_or(0, |four| u32::from_le_bytes(*four))
+}
+
+/// Whether the function has both ATS and PRI. Virtual functions have neither of their own.
+pub fn has_page_requests(raw: &[u8; SIZE]) -> bool {
+    let (mut ats, mut pri) = (false, false);
+    for (_, header) in headers(raw) {
+        match (header & 0xffff) as u16 {
+            extended::ATS => ats = true,
+            extended::PRI => pri = true,
+            _ => {}
+        }
+    }
+    ats && pri
+}
+
+/// The extended capabilities: offset and header. As many as fit, each once: the list of a broken
+/// device can be a circle.
+fn headers(raw: &[u8; SIZE]) -> Vec<(u16, u32)> {
+    let mut found: Vec<(u16, u32)> = Vec::new();
+    let mut at = EXTENDED;
+    while at >= EXTENDED && found.len() < 960 && found.iter().all(|&(seen, _)| seen != at) {
+        let header = dword(raw, at);
+        if header == 0 || header == u32::MAX {
+            break;
+        }
+        found.push((at, header));
+        at = (header >> 20) as u16 & 0xffc;
+    }
+    found
 }
 
 /// The registers: kind from the raw value, length from VFIO.

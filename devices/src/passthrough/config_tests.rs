@@ -295,6 +295,15 @@ fn a_function_level_reset_is_noticed_however_it_is_written() {
 }
 
 #[test]
+fn page_requests_need_ats_as_well() {
+    let mut raw = nvme();
+    assert!(has_page_requests(&raw));
+    raw[0x200] = 0x03;
+    assert!(!has_page_requests(&raw));
+    assert!(!has_page_requests(&[0; SIZE]) && !has_page_requests(&[0xff; SIZE]));
+}
+
+#[test]
 fn vendor_registers_are_the_hardwares() {
     let mut guest = Guest::new(ALL);
     guest.raw[0xe0..0xe4].copy_from_slice(&0xabcd_1234u32.to_le_bytes());

@@ -132,7 +132,12 @@ impl VfioPci {
         }
         let regions: [_; 6] = std::array::from_fn(|index| hardware.region(index as u32));
         let lengths = regions.each_ref().map(|region| region.length);
-        let config = GuestConfig::new(&raw, lengths, offer);
+        let pin = if connections.line.is_some() {
+            offer.pin
+        } else {
+            0
+        };
+        let config = GuestConfig::new(&raw, lengths, Offer { pin, ..offer });
         let msi = match config.msi_place() {
             Some(place) => Some(MsiState::new(place.count, connections.messages)?),
             None => None,

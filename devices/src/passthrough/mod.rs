@@ -2,10 +2,12 @@
 
 pub mod config;
 mod function;
+mod host;
 pub mod layout;
 mod legacy;
 mod line;
 pub mod vfio;
 
 pub use function::{Connections, DirectMemory, PeerMemory, VfioPci};
+pub use host::{Admitted, Before, HostError, PassthroughHost};
 pub use legacy::{LegacyContainer, LegacyError};

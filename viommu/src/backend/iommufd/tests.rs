@@ -689,6 +689,11 @@ fn a_detach_that_fails_stops_the_device_and_is_made_good_by_the_next_call() {
         .apply(Target::rid(A), Translation::Blocked)
         .unwrap_err();
     assert!(bench.device(A).stopped);
+    // Not taken for what is in force already: the device is stopped.
+    bench
+        .host
+        .apply(Target::rid(A), Translation::Identity)
+        .unwrap_err();
     // The record keeps what the kernel has, so that nothing under it is freed.
     assert_eq!(
         bench.host.translation(Target::rid(A)),

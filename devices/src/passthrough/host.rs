@@ -1,0 +1,218 @@
+//! All passed-through devices of a VM, put together: the host's iommufd with guest RAM in it, and
+//! each device's way in and out.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use viommu::backend::iommufd::hwinfo::HwInfo;
+use viommu::backend::iommufd::kernel::Linux;
+use viommu::backend::iommufd::{Device, HostIommu, Unfit};
+use viommu::backend::{Backend, Capabilities, EventSink, Fault, PageRequest, Refused, Translation};
+use viommu::{GuestRam, Rid, Target};
+
+use super::config::{Offer, OfferedPasid, SIZE, has_page_requests};
+use super::function::{Connections, VfioPci};
+use super::vfio::{CONFIG, Hardware, OpenError, VfioDevice};
+
+/// Why a device is not in the VM.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// There is no iommufd.
+    #[error("{path} cannot be opened: {source}; nestling doctor says what this host lacks")]
+    Iommufd {
+        /// The node.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The device cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It does not fit this VM.
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    /// Its DMA could not be set up.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// A register or an interrupt failed.
+    #[error("device {rid} cannot be used; see the kernel's log of the host")]
+    Device {
+        /// Which.
+        rid: Rid,
+        /// What failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The host's side of the passed-through devices of a VM.
+#[derive(Debug)]
+pub struct PassthroughHost {
+    kernel: Arc<Linux>,
+    backend: Arc<HostIommu>,
+}
+
+/// What stands between a device and guest memory.
+#[derive(Clone, Copy, Debug)]
+pub enum Before {
+    /// No vIOMMU: the device reaches all guest memory, at its guest-physical addresses.
+    Nothing,
+    /// A unit that will claim it, and offers this to the guest.
+    Viommu(Capabilities),
+}
+
+impl PassthroughHost {
+    /// Opens `/dev/iommu` and maps `ram` there.
+    ///
+    /// # Errors
+    /// There is no iommufd, or the memory cannot be pinned.
+    pub fn open(ram: GuestRam) -> Result<Self, HostError> {
+        let path = Path::new("/dev/iommu");
+        let kernel = Linux::open(path).map_err(|source| HostError::Iommufd {
+            path: path.into(),
+            source,
+        })?;
+        Self::new(kernel, ram)
+    }
+
+    /// With an iommufd that was passed in.
+    ///
+    /// # Errors
+    /// The memory cannot be pinned.
+    pub fn new(kernel: Linux, ram: GuestRam) -> Result<Self, HostError> {
+        let kernel = Arc::new(kernel);
+        let backend = Arc::new(HostIommu::new(kernel.clone(), ram)?);
+        Ok(Self { kernel, backend })
+    }
+
+    /// The back end that translates for the devices: what vIOMMU front ends claim them from.
+    pub fn backend(&self) -> &Arc<HostIommu> {
+        &self.backend
+    }
+
+    /// Takes the host's device at `sysfs` (`/sys/bus/pci/devices/…`) in as endpoint `rid`. Its DMA
+    /// is blocked; [`Admitted::connect`] makes it a function of the guest.
+    ///
+    /// # Errors
+    /// Why this device cannot be in this VM, with the remedy.
+    pub fn admit(&self, rid: Rid, sysfs: &Path) -> Result<Admitted, HostError> {
+        let (device, id) = VfioDevice::open(sysfs, self.kernel.as_fd())?;
+        self.admit_device(rid, device, id)
+    }
+
+    /// As [`admit`](Self::admit), for a device that is open and bound to this iommufd as `id`.
+    ///
+    /// # Errors
+    /// As [`admit`](Self::admit).
+    pub fn admit_device(
+        &self,
+        rid: Rid,
+        device: VfioDevice,
+        id: u32,
+    ) -> Result<Admitted, HostError> {
+        let device = Arc::new(device);
+        let mut raw = [0; SIZE];
+        let length = (device.region(CONFIG).length as usize).min(SIZE);
+        for (at, dword) in (0..).step_by(4).zip(raw[..length].chunks_exact_mut(4)) {
+            device
+                .read(CONFIG, at, dword)
+                .map_err(|source| HostError::Device { rid, source })?;
+        }
+        let bound = Device {
+            id,
+            attach: device.clone(),
+            page_requests: has_page_requests(&raw),
+        };
+        self.backend.add_device(rid, bound)?;
+        Ok(Admitted {
+            rid,
+            device,
+            backend: self.backend.clone(),
+        })
+    }
+}
+
+/// A device in the VM's iommufd. Dropping it takes it out again, with nothing left behind.
+#[derive(Debug)]
+pub struct Admitted {
+    rid: Rid,
+    device: Arc<VfioDevice>,
+    backend: Arc<HostIommu>,
+}
+
+impl Admitted {
+    /// The open device, for KVM's VFIO device.
+    pub fn device(&self) -> &Arc<VfioDevice> {
+        &self.device
+    }
+
+    /// Makes it a function of the guest. Without a vIOMMU it reaches guest memory from here on;
+    /// with one, when the unit says so. `pasid_at` places a PASID capability by hand.
+    ///
+    /// # Errors
+    /// The host has no more interrupt routes, or refuses the device guest memory.
+    pub fn connect(
+        &self,
+        before: Before,
+        pasid_at: Option<u16>,
+        connections: Connections<'_>,
+    ) -> Result<Arc<VfioPci>, HostError> {
+        let offer = match before {
+            Before::Nothing => {
+                self.backend.claim(self.rid, Arc::new(NoFrontEnd))?;
+                self.backend
+                    .apply(Target::rid(self.rid), Translation::Identity)?;
+                Offer::default()
+            }
+            Before::Viommu(offered) => self.offer(&offered, pasid_at),
+        };
+        let offer = Offer { pin: 1, ..offer };
+        VfioPci::new(self.device.clone(), offer, connections).map_err(|source| HostError::Device {
+            rid: self.rid,
+            source,
+        })
+    }
+
+    /// What the unit offers and this device has.
+    fn offer(&self, offered: &Capabilities, at: Option<u16>) -> Offer {
+        let has = |bit| {
+            let info = self.backend.hw_info(self.rid);
+            info.is_some_and(|info| info.capabilities & bit != 0)
+        };
+        let bits = offered.pasid_bits.min(self.backend.pasid_bits(self.rid));
+        Offer {
+            pasid: (bits > 0).then(|| OfferedPasid {
+                bits,
+                execute: has(HwInfo::PASID_EXEC),
+                privileged: has(HwInfo::PASID_PRIV),
+                at,
+            }),
+            ats: offered.stage1 && !has(HwInfo::ATS_NOT_SUPPORTED),
+            pri: offered.page_requests,
+            pin: 0,
+        }
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.backend.remove_device(self.rid);
+    }
+}
+
+/// The front end of a device that has none: nobody asks it for pages, and nobody is told of faults.
+struct NoFrontEnd;
+
+impl EventSink for NoFrontEnd {
+    fn fault(&self, fault: Fault) {
+        log::debug!("{fault:?}");
+    }
+
+    fn page_request(&self, request: PageRequest) {
+        // Its table is the kernel's, which has no page requests.
+        log::debug!("{request:?}");
+    }
+}
