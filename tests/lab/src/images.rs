@@ -24,6 +24,8 @@ pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
     // Debugging information would be most of every guest's initramfs.
     let agent = bin.join("init");
     strip(&programs.join("agent"), &agent)?;
+    let engine = bin.join("dma-engine");
+    strip(&programs.join("dma-engine"), &engine)?;
     let mut kernels = vec![(LAB_KERNEL, None)];
     for (name, folder) in &supplies.stock {
         kernels.push((name.as_str(), Some(folder)));
@@ -32,6 +34,10 @@ pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
         let folder = lab.join("guests").join(name);
         fs::create_dir_all(&folder)?;
         let mut archive = base(&supplies.busybox, &agent)?;
+        archive.file("bin/dma-engine", &engine)?;
+        if let Some((_, module)) = supplies.engine.iter().find(|(of, _)| of == name) {
+            archive.file(&format!("lib/modules/{}", crate::engine::MODULE), module)?;
+        }
         match stock {
             None => {
                 place(&supplies.host_kernel, &folder.join("vmlinuz"))?;

@@ -4,6 +4,7 @@ pub mod cache;
 pub mod cpio;
 pub mod debian;
 pub mod dependencies;
+pub mod engine;
 pub mod fuzz;
 pub mod images;
 pub mod machine;

@@ -35,6 +35,8 @@ pub fn build(root: &Path) -> Result<PathBuf> {
             "agent",
             "--package",
             "guest",
+            "--package",
+            "dma-engine",
             "--bins",
         ])
         .arg("--target-dir")

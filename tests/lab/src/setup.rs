@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cache::{Cache, sha256};
 use crate::debian::{self, Apt};
+use crate::engine;
 use crate::modules;
 use crate::report::{note, step};
 
@@ -75,6 +76,8 @@ pub struct Supplies {
     pub host_kernel: PathBuf,
     /// Stock kernels by name; each folder has `vmlinuz`, `release` and `modules/`.
     pub stock: Vec<(String, PathBuf)>,
+    /// The DMA test engine's module for some of them, by the same names.
+    pub engine: Vec<(String, PathBuf)>,
 }
 
 /// A QEMU that can be started.
@@ -97,6 +100,7 @@ impl Supplies {
             ("zstd", "zstd"),
             ("cc", "gcc"),
             ("strip", "binutils"),
+            ("make", "make"),
             ("/usr/include/stdio.h", "libc6-dev"),
         ])?;
         let mut apt = LazyApt { cache, apt: None };
@@ -118,13 +122,16 @@ impl Supplies {
             })
         })?;
         let host_kernel = host_kernel(root, cache, &mut apt)?;
-        let mut stock = Vec::new();
+        let (mut stock, mut modules) = (Vec::new(), Vec::new());
         for kernel in &STOCK {
             let folder = cache.component(&format!("guests/{}", kernel.name), |to| {
                 step(&format!("fetch Debian's kernel {}", kernel.name), || {
                     fetch_stock(apt.get()?, kernel, to)
                 })
             })?;
+            let release = fs::read_to_string(folder.join("release"))?;
+            let module = engine::module(root, cache, &release, || apt.get())?;
+            modules.extend(module.map(|module| (kernel.name.to_owned(), module)));
             stock.push((kernel.name.to_owned(), folder));
         }
         let busybox = [busybox.join("bin/busybox"), busybox.join("usr/bin/busybox")]
@@ -137,6 +144,7 @@ impl Supplies {
             tools,
             host_kernel,
             stock,
+            engine: modules,
         })
     }
 }
