@@ -138,6 +138,25 @@ options! {
     }
 }
 
+options! {
+    /// A DMA test engine: a PCI function that does whatever DMA it is told to, to test an IOMMU.
+    /// May be given several times.
+    pub struct TestDeviceConfig {
+        /// Bits of PASID it can send, 0 to 20; 0: it has no PASID capability.
+        pub pasid_bits: u8 = 20;
+        /// Give it the ATS capability.
+        pub ats: bool = true;
+        /// Give it the PRI capability, which needs ATS.
+        pub pri: bool = true;
+        /// The device's name, unique in the VM.
+        pub id: Option<String>;
+        /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.
+        pub iommu: bool = false;
+        /// Put it behind the vIOMMU of this id.
+        pub viommu: Option<String>;
+    }
+}
+
 words! {
     /// What a vIOMMU looks like to the guest.
     pub enum ViommuKind: "vtd" {

@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use viommu::Pasid;
 
 use crate::memory::layout::VTD_UNITS;
 
@@ -44,6 +45,8 @@ pub struct VmConfig {
     pub serial: SerialConfig,
     /// The virtio console.
     pub console: ConsoleConfig,
+    /// DMA test engines, after everything else.
+    pub test_devices: Vec<TestDeviceConfig>,
     /// The vIOMMUs.
     pub viommus: Vec<ViommuConfig>,
     /// Everything that belongs to the VM as a whole.
@@ -92,6 +95,7 @@ pub const SECTIONS: &[Section] = &[
     one("rng", RngConfig::GROUP),
     one("serial", SerialConfig::GROUP),
     one("console", ConsoleConfig::GROUP),
+    many("test-device", "test_devices", TestDeviceConfig::GROUP),
     many("viommu", "viommus", ViommuConfig::GROUP),
     one("platform", PlatformConfig::GROUP),
 ];
@@ -280,6 +284,7 @@ impl VmConfig {
             ));
         }
         self.check_consoles()?;
+        self.check_test_devices()?;
         if self.viommus.is_empty() && self.behind().any(|b| b == Behind::Default) {
             self.viommus.push(ViommuConfig::default());
         }
@@ -306,6 +311,24 @@ impl VmConfig {
             ));
         }
         Ok(Validated(self))
+    }
+
+    fn check_test_devices(&self) -> Result<(), ConfigError> {
+        for device in &self.test_devices {
+            if device.pasid_bits > Pasid::BITS {
+                return Err(ConfigError(format!(
+                    "test-device pasid_bits={} is more than a PASID has; give 0 to {}",
+                    device.pasid_bits,
+                    Pasid::BITS
+                )));
+            }
+            if device.pri && !device.ats {
+                return Err(ConfigError(
+                    "test-device pri=on needs ATS; give ats=on, or pri=off".into(),
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn check_consoles(&self) -> Result<(), ConfigError> {
@@ -335,10 +358,12 @@ impl VmConfig {
         let nets = self.net.iter().map(|n| (n.iommu, &n.viommu));
         let rng = [(self.rng.iommu, &self.rng.viommu)];
         let console = [(self.console.iommu, &self.console.viommu)];
+        let tests = self.test_devices.iter().map(|t| (t.iommu, &t.viommu));
         disks
             .chain(nets)
             .chain(rng)
             .chain(console)
+            .chain(tests)
             .map(|(iommu, viommu)| Behind::new(iommu, viommu.as_deref()))
     }
 
@@ -365,8 +390,9 @@ impl VmConfig {
         let mut seen = BTreeSet::new();
         let disks = self.disks.iter().filter_map(|d| d.id.as_deref());
         let nets = self.net.iter().filter_map(|n| n.id.as_deref());
+        let tests = self.test_devices.iter().filter_map(|t| t.id.as_deref());
         let viommus = self.viommus.iter().map(|v| v.id.as_str());
-        for id in disks.chain(nets).chain(viommus) {
+        for id in disks.chain(nets).chain(tests).chain(viommus) {
             let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
             if id.is_empty() || id.len() > 64 || !id.bytes().all(plain) || id.starts_with("__") {
                 return Err(ConfigError(format!(

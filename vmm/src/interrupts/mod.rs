@@ -28,7 +28,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use viommu::Rid;
-use viommu::interrupt::{Msi, MsiSink};
+use viommu::interrupt::{MessageSink, Msi, MsiSink};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::IOAPIC_PINS;
@@ -106,6 +106,14 @@ impl Interrupts {
         Arc::new(Source {
             interrupts: self.clone(),
             rid,
+            remapper,
+        })
+    }
+
+    /// Takes the messages that endpoints send as DMA writes.
+    pub fn messages(self: &Arc<Self>, remapper: Option<Arc<dyn Remapper>>) -> Arc<dyn MessageSink> {
+        Arc::new(Messages {
+            interrupts: self.clone(),
             remapper,
         })
     }
@@ -326,6 +334,23 @@ fn io_event_address(space: Space, address: u64) -> IoEventAddress {
     match space {
         Space::Mmio => IoEventAddress::Mmio(address),
         Space::Pio => IoEventAddress::Pio(address),
+    }
+}
+
+struct Messages {
+    interrupts: Arc<Interrupts>,
+    remapper: Option<Arc<dyn Remapper>>,
+}
+
+impl MessageSink for Messages {
+    fn message(&self, endpoint: Rid, msi: Msi) {
+        let remapped = match &self.remapper {
+            Some(remapper) => remapper.remap(endpoint, msi),
+            None => Some(msi),
+        };
+        if let Some(msi) = remapped {
+            self.interrupts.send(msi);
+        }
     }
 }
 

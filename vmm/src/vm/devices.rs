@@ -13,10 +13,12 @@ use devices::interrupt::IrqLine;
 use devices::legacy::{AcpiPower, DebugExit, I8042, Ioapic, PowerEvents, SerialPort};
 use devices::pci::root::RootError;
 use devices::pci::{ConfigPorts, Ecam, PciRoot, Placement, RootConfig};
+use devices::testdev::{Features, NewError, TestDevice};
 use devices::virtio::{
     Block, BlockConfig, BlockError, Console, ConsoleError, Net, NetConfig, Rng, RngError, TapError,
     TapSource, VirtioDevice, VirtioPci, VirtioPciError,
 };
+use viommu::backend::software::EndpointConfig;
 use viommu::{GuestRam, Rid};
 
 use super::buses::Buses;
@@ -56,6 +58,9 @@ pub enum DeviceError {
     /// A virtio function.
     #[error(transparent)]
     Virtio(#[from] VirtioPciError),
+    /// A DMA test engine.
+    #[error(transparent)]
+    Test(#[from] NewError<ViommuError>),
     /// The PCI root.
     #[error(transparent)]
     Pci(#[from] RootError),
@@ -159,6 +164,7 @@ impl Devices {
             Arc::new(ConfigPorts::new(root, power)),
         )?;
         devices.add_virtio(config, interrupts)?;
+        devices.add_test_devices(config, interrupts)?;
         Ok(devices)
     }
 
@@ -202,6 +208,34 @@ impl Devices {
         Ok(())
     }
 
+    fn add_test_devices(
+        &mut self,
+        config: &Validated,
+        interrupts: &Arc<Interrupts>,
+    ) -> Result<(), DeviceError> {
+        for device in &config.test_devices {
+            let slot = self.root.reserve(Placement::Any)?;
+            let msi = interrupts.source(slot.rid(), None);
+            let features = Features {
+                pasid_bits: device.pasid_bits,
+                ats: device.ats,
+                pri: device.pri,
+            };
+            let behind = Behind::new(device.iommu, device.viommu.as_deref());
+            let function = TestDevice::new(features, &*msi, |page_responses| {
+                let endpoint = EndpointConfig {
+                    pasid_bits: device.pasid_bits,
+                    page_responses: device.pri.then_some(page_responses),
+                    messages: Some(interrupts.messages(None)),
+                    ..EndpointConfig::default()
+                };
+                self.viommus.port(slot.rid(), behind, endpoint)
+            })?;
+            slot.fill(Arc::new(function))?;
+        }
+        Ok(())
+    }
+
     fn add_function(
         &mut self,
         device: Arc<dyn VirtioDevice>,
@@ -210,7 +244,9 @@ impl Devices {
     ) -> Result<Rid, DeviceError> {
         let slot = self.root.reserve(Placement::Any)?;
         let msi = interrupts.source(slot.rid(), None);
-        let port = self.viommus.port(slot.rid(), behind)?;
+        let port = self
+            .viommus
+            .port(slot.rid(), behind, EndpointConfig::default())?;
         let function = VirtioPci::new(device, port, &*msi)?;
         Ok(slot.fill(function)?)
     }

@@ -120,8 +120,13 @@ impl Viommus {
         })
     }
 
-    /// The way to guest memory of the emulated device at `rid`.
-    pub(super) fn port(&mut self, rid: Rid, behind: Behind<'_>) -> Result<DmaPort, ViommuError> {
+    /// The way to guest memory of the emulated device at `rid`, which can do what `endpoint` says.
+    pub(super) fn port(
+        &mut self,
+        rid: Rid,
+        behind: Behind<'_>,
+        endpoint: EndpointConfig,
+    ) -> Result<DmaPort, ViommuError> {
         let placed = match behind {
             Behind::Nothing => None,
             Behind::Default => self.units.first_mut(),
@@ -131,7 +136,7 @@ impl Viommus {
         let Some(placed) = placed else {
             return Ok(DmaPort::direct(self.ram.clone()));
         };
-        let port = self.engine.add_endpoint(rid, EndpointConfig::default())?;
+        let port = self.engine.add_endpoint(rid, endpoint)?;
         if let Err(why) = placed.unit.add_endpoint(rid, Arc::new(self.engine.clone())) {
             self.engine.remove_endpoint(rid);
             return Err(why.into());
