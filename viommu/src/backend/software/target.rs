@@ -141,6 +141,12 @@ pub(super) struct TargetState {
 pub(super) struct Drain(Vec<(Arc<Slot>, Seen)>);
 
 impl Drain {
+    /// How many accesses there are to wait for.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Waits until they have ended. To be called without any lock: the owner of an access may
     /// need it to come to the end.
     pub(super) fn wait(self) {
