@@ -23,6 +23,8 @@ mod conformance;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
+mod stress;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{HashMap, HashSet};
