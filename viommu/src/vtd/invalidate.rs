@@ -86,8 +86,7 @@ impl Invalidations {
     ) -> Result<(), QueueError> {
         let result = self.walk(registers, targets, around);
         self.counts.errors += u64::from(result.is_err());
-        targets.finish_rescan(around.view);
-        targets.flush();
+        targets.finish(around.view);
         self.complete(around, registers, interrupts);
         result
     }
@@ -126,6 +125,7 @@ impl Invalidations {
         if !ring.is_aligned(registers.head) {
             return Err(QueueError::Alignment);
         }
+        let offered = offer.descriptors();
         let mut buffer = [0u8; CHUNK];
         while registers.head != tail {
             let length = CHUNK.min(ring.contiguous(registers.head, tail) as usize);
@@ -137,7 +137,7 @@ impl Invalidations {
                 .read_slice(chunk, at)
                 .map_err(|_| QueueError::Fetch)?;
             for bytes in chunk.chunks_exact(size as usize) {
-                let decoded = descriptor::decode(words(bytes), offer.descriptors())?;
+                let decoded = descriptor::decode(words(bytes), offered)?;
                 self.obey(decoded, targets, around);
                 registers.head = ring.next(registers.head);
             }
@@ -196,8 +196,7 @@ impl Invalidations {
                 // A group that nobody waits for is no error: its device may be gone.
                 if let Some(backend) = (around.owed)(target, prgi) {
                     // The device acts on the answer: what was said before must be true by then.
-                    targets.finish_rescan(around.view);
-                    targets.flush();
+                    targets.finish(around.view);
                     backend.respond(PageResponse {
                         target,
                         group: prgi,

@@ -5,6 +5,8 @@ mod capabilities;
 mod context;
 mod event;
 mod fault;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod invalidate;
 mod page_request;
 mod pasid;
@@ -14,6 +16,10 @@ mod remap;
 mod state;
 mod targets;
 #[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(
+    not(test),
+    allow(dead_code, reason = "fuzzers use a part of the harness")
+)]
 mod testing;
 #[cfg(test)]
 mod tests;

@@ -34,7 +34,7 @@ impl Ring {
 
     /// The offset behind that of an entry.
     pub(super) const fn next(self, offset: u32) -> u32 {
-        (offset + self.entry) % self.bytes
+        (offset + self.entry) & (self.bytes - 1)
     }
 
     /// Whether nothing can be added: one entry is always left free.

@@ -103,6 +103,11 @@ impl Recorder {
         self.calls().into_iter().filter_map(batch).collect()
     }
 
+    /// What is in force, where it is not Blocked.
+    pub(crate) fn targets(&self) -> BTreeMap<Target, Translation> {
+        self.with(|inner| inner.targets.clone())
+    }
+
     /// The next `count` translations are refused.
     pub(crate) fn refuse(&self, count: usize) {
         self.with(|inner| inner.applies.extend(std::iter::repeat_n(false, count)));

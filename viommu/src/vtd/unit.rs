@@ -23,7 +23,9 @@ use crate::interrupt::{Msi, MsiSink};
 use crate::pasid::PasidAllocator;
 use crate::spec::vtd::descriptor::{ContextScope, IotlbScope, function_mask, masked_range};
 use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::registers::{self as offset, Global, Rtaddr, TranslationTableMode};
+use crate::spec::vtd::registers::{
+    self as offset, Ccmd, Global, InvalidateAddress, Iotlb, Rtaddr, TranslationTableMode,
+};
 use crate::spec::vtd::vcmd::{VCCAP, VCMD, VCRSP};
 use crate::{Gpa, GuestRam, Iova, Rid, Target};
 
@@ -336,14 +338,10 @@ impl Unit {
         let root = commands.registers.root();
         let (targets, live_targets) = commands.targets.state(TARGETS_IN_STATE);
         let pages = lock(&self.pages);
-        let endpoints = commands
-            .targets
-            .rids()
-            .into_iter()
-            .map(|rid| EndpointState {
-                endpoint: rid,
-                page_requests_waiting: pages.queue.book.groups_of(rid),
-            });
+        let endpoints = commands.targets.rids().iter().map(|&rid| EndpointState {
+            endpoint: rid,
+            page_requests_waiting: pages.queue.book.groups_of(rid),
+        });
         let endpoints = endpoints.collect();
         let (page_requests, page_requests_refused) = pages.queue.counts();
         let privileged_page_requests = pages.privileged;
@@ -473,53 +471,69 @@ impl Unit {
         } else if at == VCMD + 4 {
             self.virtual_command(VcmdWrite::High(value));
         } else {
-            self.command(
-                |unit, commands| match commands.registers.write(offer, at, value) {
-                    Action::None => Vec::new(),
-                    Action::Send(message) => vec![message],
-                    Action::Global(change, status) => unit.global(offer, commands, change, status),
-                    Action::Queue => unit.run_queue(offer, commands),
-                    Action::Context(command) => {
-                        let view = view(&unit.ram, offer, &commands.registers);
-                        let scope = match command.cirg() {
-                            1 => Some(ContextScope::Global),
-                            2 => Some(ContextScope::Domain(command.did())),
-                            3 => Some(ContextScope::Device {
-                                sid: command.sid(),
-                                mask: function_mask(command.fm()),
-                            }),
-                            _ => None,
-                        };
-                        if let Some(scope) = scope {
-                            commands.targets.invalidate_contexts(view, scope);
-                            commands.targets.flush();
-                        }
-                        commands.registers.context_done(command.cirg());
-                        Vec::new()
+            self.command(|unit, commands| {
+                match commands.registers.write(offer, at, value) {
+                    Action::None => {}
+                    Action::Send(message) => return vec![message],
+                    Action::Global(change, status) => {
+                        return unit.global(offer, commands, change, status);
                     }
+                    Action::Queue => return unit.run_queue(offer, commands),
+                    Action::Context(command) => unit.invalidate_contexts(offer, commands, command),
                     Action::Iotlb(command, address) => {
-                        let did = command.did();
-                        let (scope, done) = match command.iirg() {
-                            1 => (Some(IotlbScope::Global), 1),
-                            2 => (Some(IotlbScope::Domain(did)), 2),
-                            3 if address.am() <= offer.cap.mamv() => {
-                                let range = masked_range(address);
-                                (Some(IotlbScope::Pages { did, range }), 3)
-                            }
-                            // A mask that is too large is done as the whole domain, and said so.
-                            3 => (Some(IotlbScope::Domain(did)), 2),
-                            _ => (None, 0),
-                        };
-                        if let Some(scope) = scope {
-                            commands.targets.invalidate_iotlb(scope);
-                            commands.targets.flush();
-                        }
-                        commands.registers.iotlb_done(done);
-                        Vec::new()
+                        unit.invalidate_iotlb(offer, commands, command, address);
                     }
-                },
-            );
+                }
+                Vec::new()
+            });
         }
+    }
+
+    /// CCMD.ICC: a context-cache invalidation without the queue.
+    fn invalidate_contexts(&self, offer: &Offer, commands: &mut Commands, command: Ccmd) {
+        let view = view(&self.ram, offer, &commands.registers);
+        let scope = match command.cirg() {
+            1 => Some(ContextScope::Global),
+            2 => Some(ContextScope::Domain(command.did())),
+            3 => Some(ContextScope::Device {
+                sid: command.sid(),
+                mask: function_mask(command.fm()),
+            }),
+            _ => None,
+        };
+        if let Some(scope) = scope {
+            commands.targets.invalidate_contexts(view, scope);
+            commands.targets.finish(view);
+        }
+        commands.registers.context_done(command.cirg());
+    }
+
+    /// IOTLB.IVT: an IOTLB invalidation without the queue.
+    fn invalidate_iotlb(
+        &self,
+        offer: &Offer,
+        commands: &mut Commands,
+        command: Iotlb,
+        address: InvalidateAddress,
+    ) {
+        let did = command.did();
+        let (scope, done) = match command.iirg() {
+            1 => (Some(IotlbScope::Global), 1),
+            2 => (Some(IotlbScope::Domain(did)), 2),
+            3 if address.am() <= offer.cap.mamv() => {
+                let range = masked_range(address);
+                (Some(IotlbScope::Pages { did, range }), 3)
+            }
+            // A mask that is too large is done as the whole domain, and said so.
+            3 => (Some(IotlbScope::Domain(did)), 2),
+            _ => (None, 0),
+        };
+        if let Some(scope) = scope {
+            let view = view(&self.ram, offer, &commands.registers);
+            commands.targets.invalidate_iotlb(scope);
+            commands.targets.finish(view);
+        }
+        commands.registers.iotlb_done(done);
     }
 
     /// Does something under the command lock, then what follows from it.
@@ -558,7 +572,7 @@ impl Unit {
             targets.refresh_all(view);
             // CAP.ESRTPS: nothing of what was cached before is used.
             targets.invalidate_iotlb(IotlbScope::Global);
-            targets.flush();
+            targets.finish(view);
         } else if change.translation == Some(false) {
             targets.disable(self.config.bypass);
             lock(&self.faults).root = None;

@@ -1,21 +1,23 @@
 //! What every endpoint has now, and making it so: the guest's entries are decoded again when an
-//! invalidation says that they changed, and a back end is asked only for what differs.
+//! invalidation says that they changed ([`refresh`]), and a back end is asked only for what
+//! differs; cached translations are forgotten by domain and PASID ([`iotlb`]).
+
+mod iotlb;
+mod refresh;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use bitfield_struct::bitfield;
 use serde::Serialize;
 use vm_memory::GuestMemoryMmap;
 
 use super::capabilities::Offer;
-use super::context::{self, Context, Entry, Problem, ScalableContext, read_words};
+use super::context::{Entry, Problem, ScalableContext};
 use super::fault::Recorded;
-use super::pasid;
-use crate::backend::{Backend, Invalidation, InvalidationRange, Scope, Translation};
-use crate::spec::vtd::descriptor::{ContextScope, IotlbScope, PasidScope, Range};
+use crate::backend::{Backend, Invalidation, Translation};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::registers::{Rtaddr, TranslationTableMode};
-use crate::spec::vtd::tables::{PASID_DIRECTORY_ENTRY_SIZE, PASID_TABLE_ENTRIES};
 use crate::{Iova, Pasid, Rid, Target};
 
 /// How many PASIDs of all endpoints of a unit can be live. What the guest has beyond is Blocked.
@@ -33,21 +35,34 @@ const FAULTS_PER_COMMAND: usize = 64;
 
 /// By what IOTLB invalidations name a target. Ordered so that a domain, and a PASID of a domain,
 /// are ranges.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[bitfield(u64)]
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Tag {
-    did: u16,
-    /// RID_PASID for requests without PASID, 0 in legacy mode.
-    pasid: u32,
-    rid: Rid,
+    /// Requests without PASID.
     plain: bool,
+    rid: u16,
+    /// RID_PASID for requests without PASID, 0 in legacy mode.
+    #[bits(20)]
+    pasid: u32,
+    did: u16,
+    #[bits(11)]
+    __: u16,
 }
 
 impl Tag {
+    const fn of(target: Target, did: u16, pasid: u32) -> Self {
+        Self::new()
+            .with_did(did)
+            .with_pasid(pasid & Pasid::MAX.0)
+            .with_rid(target.endpoint.0)
+            .with_plain(target.pasid.is_none())
+    }
+
     const fn target(self) -> Target {
-        if self.plain {
-            Target::rid(self.rid)
+        if self.plain() {
+            Target::rid(Rid(self.rid()))
         } else {
-            Target::pasid(self.rid, Pasid(self.pasid))
+            Target::pasid(Rid(self.rid()), Pasid(self.pasid()))
         }
     }
 }
@@ -144,6 +159,10 @@ pub(super) struct Targets {
     tags: BTreeMap<Tag, Tagged>,
     /// Targets that a back end refused.
     failed: BTreeSet<Target>,
+    /// Those of them that an invalidation named: they are asked for again, once per run.
+    due: BTreeSet<Target>,
+    /// The keys of `endpoints`.
+    rids: Vec<Rid>,
     live_pasids: usize,
     /// Number of the current scan of PASID tables.
     scan: u32,
@@ -169,6 +188,8 @@ impl Targets {
             endpoints: BTreeMap::new(),
             tags: BTreeMap::new(),
             failed: BTreeSet::new(),
+            due: BTreeSet::new(),
+            rids: Vec::new(),
             live_pasids: 0,
             scan: 0,
             outcome: Outcome::default(),
@@ -209,6 +230,7 @@ impl Targets {
             live: BTreeMap::new(),
         };
         self.endpoints.insert(rid, endpoint);
+        self.rids = self.endpoints.keys().copied().collect();
     }
 
     /// Forgets an endpoint; its back end, which the caller releases it from.
@@ -222,6 +244,7 @@ impl Targets {
             });
         }
         let endpoint = self.endpoints.remove(&rid)?;
+        self.rids.retain(|known| *known != rid);
         let place = self.slots.get_mut(endpoint.backend)?;
         let slot = place.as_mut()?;
         slot.endpoints -= 1;
@@ -243,8 +266,18 @@ impl Targets {
         self.endpoints.contains_key(&rid)
     }
 
-    pub(super) fn rids(&self) -> Vec<Rid> {
-        self.endpoints.keys().copied().collect()
+    /// All endpoints, in order.
+    pub(super) fn rids(&self) -> &[Rid] {
+        &self.rids
+    }
+
+    /// Does something for every endpoint.
+    fn for_each(&mut self, mut what: impl FnMut(&mut Self, Rid)) {
+        let rids = std::mem::take(&mut self.rids);
+        for rid in &rids {
+            what(self, *rid);
+        }
+        self.rids = rids;
     }
 
     /// At most `limit` targets, and how many there are.
@@ -276,11 +309,12 @@ impl Targets {
 
     /// Translation is off: everything is Blocked, or with `bypass` requests without PASID pass.
     pub(super) fn disable(&mut self, bypass: bool) {
-        for rid in self.rids() {
-            self.clear(rid, None);
-            self.default_policy(rid, bypass);
-        }
+        self.for_each(|targets, rid| {
+            targets.clear(rid, None);
+            targets.default_policy(rid, bypass);
+        });
         self.rescan = false;
+        self.due.clear();
     }
 
     /// What an endpoint has while translation is off.
@@ -292,164 +326,6 @@ impl Targets {
                 fpd: false,
             };
             self.set(Target::rid(rid), 0, Ok(entry));
-        }
-    }
-
-    /// Translation is on, or has a new root table: everything is decoded again.
-    pub(super) fn refresh_all(&mut self, view: View) {
-        for rid in self.rids() {
-            self.refresh_context(view, rid, false);
-        }
-        self.rescan = true;
-        self.finish_rescan(view);
-    }
-
-    /// One endpoint came: what the guest's tables say about it already.
-    pub(super) fn refresh_new(&mut self, view: View, rid: Rid) {
-        self.refresh_context(view, rid, true);
-    }
-
-    /// A context-cache invalidation. With caching mode, entries that were not present have no
-    /// domain yet, so a domain-selective one looks at every endpoint.
-    pub(super) fn invalidate_contexts(&mut self, view: View, scope: ContextScope) {
-        for rid in self.rids() {
-            let meant = match scope {
-                ContextScope::Global | ContextScope::Domain(_) => true,
-                ContextScope::Device { sid, mask } => (rid.0 ^ sid) & !u16::from(mask) == 0,
-            };
-            if meant {
-                self.refresh_context(view, rid, true);
-            }
-        }
-    }
-
-    fn refresh_context(&mut self, view: View, rid: Rid, scan: bool) {
-        let Some(root) = view.root else {
-            return self.clear(rid, None);
-        };
-        match context::decode(view.ram, view.offer, root, rid) {
-            Err(problem) => {
-                self.clear(rid, None);
-                self.set(Target::rid(rid), 0, Err(problem));
-            }
-            Ok(Context::Legacy(entry)) => {
-                self.clear(rid, Some(None));
-                self.set(Target::rid(rid), 0, Ok(entry));
-            }
-            Ok(Context::Scalable(context)) => {
-                let Some(endpoint) = self.endpoints.get_mut(&rid) else {
-                    return;
-                };
-                let was = endpoint.context.replace(context);
-                let decoded = pasid::decode(view.ram, view.offer, &context, context.rid_pasid);
-                self.set(Target::rid(rid), context.rid_pasid, decoded);
-                if scan && was != Some(context) {
-                    let mut tables = MAX_TABLES_PER_SCAN;
-                    self.scan_pasids(view, rid, &mut tables);
-                }
-            }
-        }
-    }
-
-    /// A PASID-cache invalidation. Global ones of one run of the queue become one scan, which
-    /// [`finish_rescan`](Self::finish_rescan) does before anything is reported as done.
-    pub(super) fn invalidate_pasids(&mut self, view: View, scope: PasidScope) {
-        match scope {
-            PasidScope::Global | PasidScope::Domain(_) => self.rescan = true,
-            PasidScope::Pasid { pasid, .. } => {
-                // An entry that was not present has no domain yet: every endpoint may have it.
-                for rid in self.rids() {
-                    self.refresh_pasid(view, rid, pasid);
-                }
-            }
-        }
-    }
-
-    fn refresh_pasid(&mut self, view: View, rid: Rid, pasid: u32) {
-        let Some(context) = self.endpoints.get(&rid).and_then(|e| e.context) else {
-            return;
-        };
-        let target = if pasid == context.rid_pasid {
-            Target::rid(rid)
-        } else if context.paside {
-            Target::pasid(rid, Pasid(pasid))
-        } else {
-            return;
-        };
-        let decoded = pasid::decode(view.ram, view.offer, &context, pasid);
-        self.set(target, pasid, decoded);
-    }
-
-    /// Does the scan that is due.
-    pub(super) fn finish_rescan(&mut self, view: View) {
-        if !std::mem::take(&mut self.rescan) {
-            return;
-        }
-        let mut tables = MAX_TABLES_PER_SCAN;
-        for rid in self.rids() {
-            if let Some(context) = self.endpoints.get(&rid).and_then(|e| e.context) {
-                self.refresh_pasid(view, rid, context.rid_pasid);
-                self.scan_pasids(view, rid, &mut tables);
-            }
-        }
-    }
-
-    /// Decodes every present PASID entry of an endpoint but RID_PASID's: page by page of the
-    /// directory, present tables only, at most `tables` of them.
-    fn scan_pasids(&mut self, view: View, rid: Rid, tables: &mut u32) {
-        self.scan = self.scan.wrapping_add(1);
-        let Some(context) = self.endpoints.get(&rid).and_then(|e| e.context) else {
-            return;
-        };
-        let entries = context.pasids / PASID_TABLE_ENTRIES;
-        let mut chunk_at = 0;
-        while context.paside && chunk_at < entries {
-            let at = context.directory.0 + u64::from(chunk_at) * PASID_DIRECTORY_ENTRY_SIZE;
-            let chunk = read_words::<DIRECTORY_CHUNK>(view.ram, at);
-            for (i, bits) in chunk.into_iter().flatten().enumerate() {
-                let Ok((table, fpd)) = pasid::directory_entry(bits, context.fpd) else {
-                    continue;
-                };
-                if *tables == 0 {
-                    self.counts.over_limit += 1;
-                    continue;
-                }
-                *tables -= 1;
-                self.counts.tables_scanned += 1;
-                let Some(table) = pasid::table(view.ram, table) else {
-                    continue;
-                };
-                let first = (chunk_at + i as u32) * PASID_TABLE_ENTRIES;
-                for (pasid, words) in (first..).zip(table) {
-                    // Bit 0 of the first word is P.
-                    if words[0] & 1 != 0 && pasid != context.rid_pasid {
-                        let decoded = pasid::entry(view.offer, words, fpd);
-                        self.set(Target::pasid(rid, Pasid(pasid)), pasid, decoded);
-                    }
-                }
-            }
-            chunk_at += DIRECTORY_CHUNK as u32;
-        }
-        self.sweep(rid);
-    }
-
-    /// Blocks the PASIDs that the last scan did not see.
-    fn sweep(&mut self, rid: Rid) {
-        let scan = self.scan;
-        let Some(endpoint) = self.endpoints.get(&rid) else {
-            return;
-        };
-        let gone: Vec<_> = endpoint
-            .live
-            .iter()
-            .filter(|(pasid, live)| pasid.is_some() && live.scan() != scan)
-            .map(|(pasid, _)| *pasid)
-            .collect();
-        for pasid in gone {
-            self.block(Target {
-                endpoint: rid,
-                pasid,
-            });
         }
     }
 
@@ -473,8 +349,20 @@ impl Targets {
         let Some(endpoint) = self.endpoints.get_mut(&target.endpoint) else {
             return;
         };
-        let (backend, scan) = (endpoint.backend, self.scan);
-        let old = endpoint.live.get(&target.pasid).copied();
+        let (backend, now) = (endpoint.backend, self.scan);
+        let old = match endpoint.live.get_mut(&target.pasid) {
+            // Most of what an invalidation names did not change.
+            Some(Live::Entry {
+                entry,
+                pasid: known,
+                applied: true,
+                scan,
+            }) if decoded == Ok(*entry) && *known == pasid => {
+                *scan = now;
+                return;
+            }
+            old => old.copied(),
+        };
         let entry = match decoded {
             Ok(entry) => entry,
             Err(problem) => return self.set_wrong(target, old, problem),
@@ -499,18 +387,18 @@ impl Targets {
         if old_entry != Some((entry.did, pasid))
             && let Some((did, pasid)) = old_entry
         {
-            self.tags.remove(&tag(target, did, pasid));
+            self.tags.remove(&Tag::of(target, did, pasid));
         }
         let tagged = Tagged {
             backend,
             stages: stages(entry.translation),
         };
-        self.tags.insert(tag(target, entry.did, pasid), tagged);
+        self.tags.insert(Tag::of(target, entry.did, pasid), tagged);
         let live = Live::Entry {
             entry,
             pasid,
             applied,
-            scan,
+            scan: now,
         };
         self.insert(target, old, live);
     }
@@ -565,7 +453,7 @@ impl Targets {
             self.live_pasids -= 1;
         }
         if let Live::Entry { entry, pasid, .. } = live {
-            self.tags.remove(&tag(target, entry.did, pasid));
+            self.tags.remove(&Tag::of(target, entry.did, pasid));
         }
         self.refuse(target, false);
         Some(live)
@@ -636,188 +524,6 @@ impl Targets {
         };
         self.set(target, pasid, Ok(entry));
     }
-
-    /// An IOTLB invalidation (6.5.2.3).
-    pub(super) fn invalidate_iotlb(&mut self, scope: IotlbScope) {
-        let (did, range) = match scope {
-            IotlbScope::Global => return self.invalidate_everything(),
-            IotlbScope::Domain(did) => (did, None),
-            IotlbScope::Pages { did, range } => (did, Some(range)),
-        };
-        self.invalidate_tags(did, 0..=u32::MAX, |stages| match (range, stages) {
-            (None, _) => Some(InvalidationRange::All),
-            (Some(range), Stages::Second) => Some(to_backend(range)),
-            // A page of the second stage is behind any number of first-stage ones.
-            (Some(_), Stages::Both) => Some(InvalidationRange::All),
-            (Some(_), Stages::First | Stages::None) => None,
-        });
-    }
-
-    /// A PASID-based IOTLB invalidation (6.5.2.4): first-stage and nested translations.
-    pub(super) fn invalidate_pasid_iotlb(&mut self, did: u16, pasid: u32, range: Range) {
-        self.invalidate_tags(did, pasid..=pasid, |stages| match (range, stages) {
-            // PASID-selective means all that is cached for it, whatever translates it.
-            (Range::All, _) => Some(InvalidationRange::All),
-            (_, Stages::First | Stages::Both) => Some(to_backend(range)),
-            (_, Stages::Second | Stages::None) => None,
-        });
-    }
-
-    /// A device-TLB invalidation (6.5.2.5, 6.5.2.6): `None` means all PASIDs, and no PASID.
-    pub(super) fn invalidate_device(&mut self, scope: Scope, range: Range) {
-        let (Scope::Endpoint(rid) | Scope::Target(Target { endpoint: rid, .. })) = scope else {
-            return;
-        };
-        if let Some(endpoint) = self.endpoints.get(&rid) {
-            let invalidation = Invalidation {
-                scope,
-                range: to_backend(range),
-            };
-            self.collect(endpoint.backend, invalidation);
-        }
-    }
-
-    fn invalidate_everything(&mut self) {
-        for target in self.failed.iter().copied().collect::<Vec<_>>() {
-            self.retry(target);
-        }
-        self.each_backend(Invalidation {
-            scope: Scope::All,
-            range: InvalidationRange::All,
-        });
-    }
-
-    fn each_backend(&mut self, invalidation: Invalidation) {
-        for index in 0..self.slots.len() {
-            self.collect(index, invalidation);
-        }
-    }
-
-    /// Invalidates the targets of a domain whose tag has a PASID in `pasids`, with the range that
-    /// `how` gives for what translates them.
-    fn invalidate_tags(
-        &mut self,
-        did: u16,
-        pasids: std::ops::RangeInclusive<u32>,
-        how: impl Fn(Stages) -> Option<InvalidationRange>,
-    ) {
-        let bound = |pasid, rid, plain| Tag {
-            did,
-            pasid,
-            rid: Rid(rid),
-            plain,
-        };
-        let from = bound(*pasids.start(), 0, false);
-        let to = bound(*pasids.end(), u16::MAX, true);
-        let mut retries = Vec::new();
-        // Taken out so that the batches can be filled while the tags are walked.
-        let tags = std::mem::take(&mut self.tags);
-        for (count, (tag, tagged)) in tags.range(from..=to).enumerate() {
-            let target = tag.target();
-            if !self.failed.is_empty() && self.failed.contains(&target) {
-                retries.push(target);
-            } else if count >= BATCH {
-                self.each_backend(Invalidation {
-                    scope: Scope::All,
-                    range: InvalidationRange::All,
-                });
-                retries.extend(&self.failed);
-                break;
-            } else if let Some(range) = how(tagged.stages) {
-                let scope = Scope::Target(target);
-                self.collect_unflushed(tagged.backend, Invalidation { scope, range });
-            }
-        }
-        self.tags = tags;
-        for index in 0..self.slots.len() {
-            self.flush_if_full(index);
-        }
-        for target in retries {
-            self.retry(target);
-        }
-    }
-
-    fn collect(&mut self, index: usize, invalidation: Invalidation) {
-        self.collect_unflushed(index, invalidation);
-        self.flush_if_full(index);
-    }
-
-    fn collect_unflushed(&mut self, index: usize, invalidation: Invalidation) {
-        if let Some(Some(slot)) = self.slots.get_mut(index) {
-            // Linux follows an IOTLB invalidation by the device TLB's of the same range.
-            if slot.batch.last() != Some(&invalidation) {
-                slot.batch.push(invalidation);
-            }
-        }
-    }
-
-    fn flush_if_full(&mut self, index: usize) {
-        if matches!(self.slots.get(index), Some(Some(slot)) if slot.batch.len() >= BATCH) {
-            self.flush_slot(index);
-        }
-    }
-
-    /// Gives the back ends all that is collected.
-    pub(super) fn flush(&mut self) {
-        for index in 0..self.slots.len() {
-            self.flush_slot(index);
-        }
-    }
-
-    fn flush_slot(&mut self, index: usize) {
-        let Some(Some(slot)) = self.slots.get_mut(index) else {
-            return;
-        };
-        if slot.batch.is_empty() {
-            return;
-        }
-        self.counts.batches += 1;
-        self.counts.invalidations += slot.batch.len() as u64;
-        let mut batch = std::mem::take(&mut slot.batch);
-        let done = slot.backend.invalidate(&batch);
-        for invalidation in batch.iter().skip(done) {
-            self.fail(index, invalidation.scope);
-        }
-        batch.clear();
-        if let Some(Some(slot)) = self.slots.get_mut(index) {
-            slot.batch = batch;
-        }
-    }
-
-    /// An invalidation did not take effect: what it was for may be stale, and is Blocked.
-    fn fail(&mut self, index: usize, scope: Scope) {
-        let stale: Vec<Target> = self
-            .endpoints
-            .iter()
-            .filter(|(rid, endpoint)| {
-                endpoint.backend == index
-                    && match scope {
-                        Scope::All => true,
-                        Scope::Endpoint(of) => of == **rid,
-                        Scope::Target(target) => target.endpoint == **rid,
-                    }
-            })
-            .flat_map(|(&endpoint, e)| e.live.keys().map(move |&pasid| Target { endpoint, pasid }))
-            .filter(|target| !matches!(scope, Scope::Target(of) if of != *target))
-            .collect();
-        for target in stale {
-            let live = self
-                .endpoints
-                .get_mut(&target.endpoint)
-                .and_then(|e| e.live.get_mut(&target.pasid));
-            if let Some(Live::Entry { applied, .. }) = live
-                && std::mem::replace(applied, false)
-            {
-                self.call_apply(target, Translation::Blocked);
-                self.refuse(target, true);
-                let reason = match self.is_scalable(target.endpoint) {
-                    true => FaultReason::PasidEntryInvalid,
-                    false => FaultReason::ContextEntryInvalid,
-                };
-                self.tell(target, reason);
-            }
-        }
-    }
 }
 
 impl Live {
@@ -825,15 +531,6 @@ impl Live {
         match self {
             Self::Entry { scan, .. } | Self::Wrong { scan, .. } => *scan,
         }
-    }
-}
-
-const fn tag(target: Target, did: u16, pasid: u32) -> Tag {
-    Tag {
-        did,
-        pasid,
-        rid: target.endpoint,
-        plain: target.pasid.is_none(),
     }
 }
 
@@ -868,17 +565,6 @@ const fn at_entry(target: Target, reason: FaultReason) -> Recorded {
         execute: false,
         privileged: false,
         reason,
-    }
-}
-
-const fn to_backend(range: Range) -> InvalidationRange {
-    match range {
-        Range::All => InvalidationRange::All,
-        Range::Pages { first, pages, leaf } => InvalidationRange::Pages {
-            first: Iova(first),
-            count: pages,
-            leaf,
-        },
     }
 }
 

@@ -1,0 +1,169 @@
+//! Decoding the guest's entries again when it says that they changed, and finding PASIDs that it
+//! did not name.
+
+use super::{DIRECTORY_CHUNK, MAX_TABLES_PER_SCAN, Targets, View};
+use crate::spec::vtd::descriptor::{ContextScope, PasidScope};
+use crate::spec::vtd::tables::{PASID_DIRECTORY_ENTRY_SIZE, PASID_TABLE_ENTRIES};
+use crate::vtd::context::{self, Context, read_words};
+use crate::vtd::pasid;
+use crate::{Pasid, Rid, Target};
+
+impl Targets {
+    /// Translation is on, or has a new root table: everything is decoded again.
+    pub(in crate::vtd) fn refresh_all(&mut self, view: View) {
+        self.for_each(|targets, rid| targets.refresh_context(view, rid, false));
+        self.rescan = true;
+        self.finish(view);
+    }
+
+    /// One endpoint came: what the guest's tables say about it already.
+    pub(in crate::vtd) fn refresh_new(&mut self, view: View, rid: Rid) {
+        self.refresh_context(view, rid, true);
+    }
+
+    /// A context-cache invalidation. With caching mode, entries that were not present have no
+    /// domain yet, so a domain-selective one looks at every endpoint.
+    pub(in crate::vtd) fn invalidate_contexts(&mut self, view: View, scope: ContextScope) {
+        self.for_each(|targets, rid| {
+            let meant = match scope {
+                ContextScope::Global | ContextScope::Domain(_) => true,
+                ContextScope::Device { sid, mask } => (rid.0 ^ sid) & !u16::from(mask) == 0,
+            };
+            if meant {
+                targets.refresh_context(view, rid, true);
+            }
+        });
+    }
+
+    pub(super) fn refresh_context(&mut self, view: View, rid: Rid, scan: bool) {
+        let Some(root) = view.root else {
+            return self.clear(rid, None);
+        };
+        match context::decode(view.ram, view.offer, root, rid) {
+            Err(problem) => {
+                self.clear(rid, None);
+                self.set(Target::rid(rid), 0, Err(problem));
+            }
+            Ok(Context::Legacy(entry)) => {
+                self.clear(rid, Some(None));
+                self.set(Target::rid(rid), 0, Ok(entry));
+            }
+            Ok(Context::Scalable(context)) => {
+                let Some(endpoint) = self.endpoints.get_mut(&rid) else {
+                    return;
+                };
+                let was = endpoint.context.replace(context);
+                let decoded = pasid::decode(view.ram, view.offer, &context, context.rid_pasid);
+                self.set(Target::rid(rid), context.rid_pasid, decoded);
+                if scan && was != Some(context) {
+                    let mut tables = MAX_TABLES_PER_SCAN;
+                    self.scan_pasids(view, rid, &mut tables);
+                }
+            }
+        }
+    }
+
+    /// A PASID-cache invalidation. Global ones of one run of the queue become one scan, which
+    /// [`finish`](Self::finish) does before anything is reported as done.
+    pub(in crate::vtd) fn invalidate_pasids(&mut self, view: View, scope: PasidScope) {
+        match scope {
+            PasidScope::Global | PasidScope::Domain(_) => self.rescan = true,
+            PasidScope::Pasid { pasid, .. } => {
+                // An entry that was not present has no domain yet: every endpoint may have it.
+                self.for_each(|targets, rid| targets.refresh_pasid(view, rid, pasid));
+            }
+        }
+    }
+
+    pub(super) fn refresh_pasid(&mut self, view: View, rid: Rid, pasid: u32) {
+        let Some(context) = self.endpoints.get(&rid).and_then(|e| e.context) else {
+            return;
+        };
+        let target = if pasid == context.rid_pasid {
+            Target::rid(rid)
+        } else if context.paside {
+            Target::pasid(rid, Pasid(pasid))
+        } else {
+            return;
+        };
+        let decoded = pasid::decode(view.ram, view.offer, &context, pasid);
+        self.set(target, pasid, decoded);
+    }
+
+    /// Does what was put off to be done once: the scan for PASIDs, asking again for what was
+    /// refused, and the batches.
+    pub(in crate::vtd) fn finish(&mut self, view: View) {
+        if std::mem::take(&mut self.rescan) {
+            let mut tables = MAX_TABLES_PER_SCAN;
+            self.for_each(|targets, rid| {
+                if let Some(context) = targets.endpoints.get(&rid).and_then(|e| e.context) {
+                    targets.refresh_pasid(view, rid, context.rid_pasid);
+                    targets.scan_pasids(view, rid, &mut tables);
+                }
+            });
+        }
+        while let Some(target) = self.due.pop_first() {
+            self.retry(target);
+        }
+        self.flush();
+    }
+
+    /// Decodes every present PASID entry of an endpoint but RID_PASID's: page by page of the
+    /// directory, present tables only, at most `tables` of them.
+    pub(super) fn scan_pasids(&mut self, view: View, rid: Rid, tables: &mut u32) {
+        self.scan = self.scan.wrapping_add(1);
+        let Some(context) = self.endpoints.get(&rid).and_then(|e| e.context) else {
+            return;
+        };
+        let entries = context.pasids / PASID_TABLE_ENTRIES;
+        let mut chunk_at = 0;
+        while context.paside && chunk_at < entries {
+            let at = context.directory.0 + u64::from(chunk_at) * PASID_DIRECTORY_ENTRY_SIZE;
+            let chunk = read_words::<DIRECTORY_CHUNK>(view.ram, at);
+            for (i, bits) in chunk.into_iter().flatten().enumerate() {
+                let Ok((table, fpd)) = pasid::directory_entry(bits, context.fpd) else {
+                    continue;
+                };
+                if *tables == 0 {
+                    self.counts.over_limit += 1;
+                    continue;
+                }
+                *tables -= 1;
+                self.counts.tables_scanned += 1;
+                let Some(table) = pasid::table(view.ram, table) else {
+                    continue;
+                };
+                let first = (chunk_at + i as u32) * PASID_TABLE_ENTRIES;
+                for (pasid, words) in (first..).zip(table) {
+                    // Bit 0 of the first word is P.
+                    if words[0] & 1 != 0 && pasid != context.rid_pasid {
+                        let decoded = pasid::entry(view.offer, words, fpd);
+                        self.set(Target::pasid(rid, Pasid(pasid)), pasid, decoded);
+                    }
+                }
+            }
+            chunk_at += DIRECTORY_CHUNK as u32;
+        }
+        self.sweep(rid);
+    }
+
+    /// Blocks the PASIDs that the last scan did not see.
+    pub(super) fn sweep(&mut self, rid: Rid) {
+        let scan = self.scan;
+        let Some(endpoint) = self.endpoints.get(&rid) else {
+            return;
+        };
+        let gone: Vec<_> = endpoint
+            .live
+            .iter()
+            .filter(|(pasid, live)| pasid.is_some() && live.scan() != scan)
+            .map(|(pasid, _)| *pasid)
+            .collect();
+        for pasid in gone {
+            self.block(Target {
+                endpoint: rid,
+                pasid,
+            });
+        }
+    }
+}
