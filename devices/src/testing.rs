@@ -300,8 +300,18 @@ pub(crate) fn start(
     ram: &GuestRam,
     features: u64,
 ) -> (Vec<Driver>, Arc<Recorder>) {
+    start_behind(device, DmaPort::direct(Arc::clone(ram)), 0, ram, features)
+}
+
+/// The same through `dma`, to which guest memory is at `offset`.
+pub(crate) fn start_behind(
+    device: &dyn VirtioDevice,
+    dma: DmaPort,
+    offset: u64,
+    ram: &GuestRam,
+    features: u64,
+) -> (Vec<Driver>, Arc<Recorder>) {
     let has = |bit: u32| features & 1 << bit != 0;
-    let dma = DmaPort::direct(Arc::clone(ram));
     let drivers: Vec<Driver> = (0..)
         .zip(device.queue_sizes())
         .map(|(index, &size)| Driver::new(Arc::clone(ram), index, size))
@@ -309,8 +319,14 @@ pub(crate) fn start(
     let queues = drivers
         .iter()
         .map(|driver| {
+            let config = RingConfig {
+                descriptors: driver.config.descriptors + offset,
+                available: driver.config.available + offset,
+                used: driver.config.used + offset,
+                ..driver.config
+            };
             let ring = Ring::new(
-                driver.config,
+                config,
                 has(VIRTIO_RING_F_EVENT_IDX),
                 has(VIRTIO_RING_F_INDIRECT_DESC),
                 &dma.access(),

@@ -5,6 +5,8 @@
 //! specification forbids; guest memory is reached through the device's
 //! [`DmaPort`](viommu::dma::DmaPort) only.
 
+#[cfg(test)]
+mod behind_viommu_tests;
 pub mod block;
 pub mod buffers;
 pub mod console;

@@ -1,5 +1,7 @@
 //! The transport as a driver meets it: through configuration space and the BAR.
 
+use viommu::Rid;
+use viommu::backend::software::{EndpointConfig, Engine};
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER};
 
 use super::*;
@@ -90,8 +92,12 @@ struct Guest {
 }
 
 fn guest_with(device: Dummy) -> Guest {
+    guest_behind(device, DmaPort::direct(ram()))
+}
+
+fn guest_behind(device: Dummy, port: DmaPort) -> Guest {
     let (device, msi) = (Arc::new(device), FakeMsi::default());
-    let pci = VirtioPci::new(device.clone(), DmaPort::direct(ram()), &msi).unwrap();
+    let pci = VirtioPci::new(device.clone(), port, &msi).unwrap();
     Guest { pci, device, msi }
 }
 
@@ -218,6 +224,27 @@ fn feature_negotiation_fails_where_the_specification_says_so() {
         assert_ne!(guest.status() & NEEDS_RESET, 0, "{why}");
         assert!(guest.device.log().is_empty(), "{why}");
     }
+}
+
+#[test]
+fn behind_a_viommu_a_driver_must_take_access_platform_and_rings_need_a_translation() {
+    let engine = Engine::new(ram());
+    let rid = Rid::new(0, 4, 0);
+    let port = engine.add_endpoint(rid, EndpointConfig::default()).unwrap();
+    let guest = guest_behind(Dummy::default(), port);
+    guest.put(0, 1, 4);
+    assert_eq!(guest.get(4, 4), 0b11, "VERSION_1 and ACCESS_PLATFORM");
+    assert_eq!(
+        guest.negotiate(FULL) & FEATURES_OK,
+        0,
+        "it would hand out GPAs"
+    );
+    guest.set_status(0);
+    let features = FULL | 1 << VIRTIO_F_ACCESS_PLATFORM;
+    assert_ne!(guest.negotiate(features) & FEATURES_OK, 0);
+    guest.enable_queue(0, 0x1_0000);
+    guest.set_status(guest.status() | DRIVER_OK);
+    assert_ne!(guest.status() & NEEDS_RESET, 0, "Blocked");
 }
 
 #[test]
