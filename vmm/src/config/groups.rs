@@ -159,10 +159,12 @@ options! {
 
 words! {
     /// What a vIOMMU looks like to the guest.
-    pub enum ViommuKind: "vtd" {
+    pub enum ViommuKind: "vtd|virtio" {
         /// Intel VT-d.
         #[default]
         Vtd = "vtd",
+        /// virtio-iommu.
+        Virtio = "virtio",
     }
 }
 
@@ -180,7 +182,8 @@ words! {
 options! {
     /// A vIOMMU of the guest. May be given several times; devices name it with viommu=.
     pub struct ViommuConfig {
-        /// What it looks like to the guest.
+        /// What it looks like to the guest: an Intel VT-d unit or a virtio-iommu. The options
+        /// mode, address_width, pasid_bits and nested are those of a VT-d unit.
         pub kind ["type"]: ViommuKind = ViommuKind::Vtd;
         /// Its name, unique in the VM.
         pub id: String = "viommu0".into();

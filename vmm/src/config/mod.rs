@@ -205,7 +205,7 @@ pub const MIN_MEMORY: Size = Size::mib(16);
 /// memory can be backed by them.
 pub const MEMORY_UNIT: Size = Size::mib(2);
 
-/// The most VT-d units: their register pages have this much room.
+/// The most vIOMMUs: the register pages of VT-d units have this much room.
 pub const MAX_UNITS: usize = (VTD_UNITS.len() >> 12) as usize;
 
 /// Which vIOMMU a device is behind.
@@ -373,6 +373,20 @@ impl VmConfig {
                 "there are {} vIOMMUs; give at most {MAX_UNITS}",
                 self.viommus.len()
             )));
+        }
+        for unit in self.viommus.iter().filter(|u| u.kind == ViommuKind::Virtio) {
+            let of_vtd = [
+                ("mode", unit.mode != UnitMode::default()),
+                ("address_width", unit.address_width.is_some()),
+                ("pasid_bits", unit.pasid_bits.is_some()),
+                ("nested", unit.nested),
+            ];
+            if let Some((option, _)) = of_vtd.iter().find(|(_, given)| *given) {
+                return Err(ConfigError(format!(
+                    "viommu id={} has type=virtio, which has no {option}; leave it out, or use type=vtd",
+                    unit.id
+                )));
+            }
         }
         for behind in self.behind() {
             if let Behind::Named(id) = behind

@@ -121,6 +121,7 @@ fn a_configuration_that_makes_no_sense_is_refused() {
         ),
         (vec![("test-device", "ats=off")], "pri=on needs ATS"),
         (vec![("test-device", "pasid_bits=21")], "give 0 to 20"),
+        (vec![("viommu", "type=virtio,nested=on")], "has no nested"),
         (vec![("viommu", "id=x"), ("viommu", "id=x")], "given twice"),
         (vec![("viommu", "id=x"); 17], "at most 16"),
     ] {

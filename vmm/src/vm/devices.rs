@@ -163,6 +163,7 @@ impl Devices {
             ConfigPorts::LENGTH,
             Arc::new(ConfigPorts::new(root, power)),
         )?;
+        devices.add_virtio_iommus(interrupts)?;
         devices.add_virtio(config, interrupts)?;
         devices.add_test_devices(config, interrupts)?;
         Ok(devices)
@@ -204,6 +205,18 @@ impl Devices {
             self.console_input = input;
             let behind = Behind::new(config.console.iommu, config.console.viommu.as_deref());
             self.add_function(Console::open(console)?, behind, interrupts)?;
+        }
+        Ok(())
+    }
+
+    fn add_virtio_iommus(&mut self, interrupts: &Arc<Interrupts>) -> Result<(), DeviceError> {
+        for (rid, device) in self.viommus.functions() {
+            let slot = self.root.reserve(Placement::At(rid))?;
+            let msi = interrupts.source(rid, None);
+            let port = self
+                .viommus
+                .port(rid, Behind::Nothing, EndpointConfig::default())?;
+            slot.fill(VirtioPci::new(device, port, &*msi)?)?;
         }
         Ok(())
     }

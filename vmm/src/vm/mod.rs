@@ -16,7 +16,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use devices::DeviceError;
-pub use viommus::{ViommuError, ViommuStates};
+pub use viommus::{ViommuError, ViommuState, ViommuStates};
 
 use self::devices::Devices;
 use self::event_loop::{OnSignal, Signals, Wake};
@@ -117,7 +117,7 @@ impl Vm {
         let events = Arc::new(EventLine::new().map_err(host("an event descriptor"))?);
         let devices = Devices::new(config, &layout, &ram, &interrupts, &events)?;
 
-        let extra: Vec<Vec<u8>> = devices.viommus().freeze().into_iter().collect();
+        let extra = devices.viommus().freeze().map_err(DeviceError::from)?;
         let tables = acpi::tables(&platform(&layout, cpus, &extra), ACPI_AREA)?;
         ram.write_slice(&tables.bytes, GuestAddress(tables.at))
             .map_err(|_| BootError::Write { at: tables.at })?;
@@ -146,10 +146,10 @@ impl Vm {
         let exits: Arc<dyn Exits> = Arc::new(self.devices.buses().clone());
         let vcpus = std::mem::take(&mut self.vcpus);
         let mut threads = VcpuThreads::start(&self.kvm, vcpus, &exits, &self.events)?;
-        let units = self.devices.viommus().units();
+        let front_ends = self.devices.viommus().front_ends();
         let button = self.devices.power_button();
         let on_signal = OnSignal {
-            user1: Box::new(move || print_state(&units)),
+            user1: Box::new(move || print_state(&front_ends)),
             power: Box::new(move || {
                 button.set(true);
                 button.set(false);
@@ -162,8 +162,8 @@ impl Vm {
 }
 
 /// Prints the live state as one line of JSON.
-fn print_state(units: &[Arc<viommu::vtd::Unit>]) {
-    match serde_json::to_string(&viommus::states(units)) {
+fn print_state(front_ends: &[viommus::FrontEnd]) {
+    match serde_json::to_string(&viommus::states(front_ends)) {
         Ok(text) => eprintln!("{text}"),
         Err(why) => log::error!("the state cannot be printed: {why}"),
     }

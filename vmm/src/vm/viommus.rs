@@ -1,23 +1,27 @@
 //! The vIOMMUs of a VM and what is behind them: the software engine, VT-d units on the memory
-//! bus, the DMAR table.
+//! bus, virtio-iommus on the PCI bus, and the tables (DMAR, VIOT) that tell the guest.
 
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice, BusError};
+use devices::virtio::VirtioIommu;
 use serde::Serialize;
-use viommu::backend::Refused;
 use viommu::backend::software::{Config, EndpointConfig, Engine};
+use viommu::backend::{Backend, Refused};
 use viommu::dma::DmaPort;
+use viommu::reserved::Regions;
 use viommu::spec::vtd::dmar::{Dmar, Drhd, Oem, Scope};
+use viommu::virtio::viot::{self, Topology, TopologyError};
+use viommu::virtio::{self, Iommu, Snapshot};
 use viommu::vtd::{
-    AddError, Connections, Mode, REGISTERS_SIZE, Unit, UnitConfig, UnitState, Unsupported,
+    self, Connections, Mode, REGISTERS_SIZE, Unit, UnitConfig, UnitState, Unsupported,
     check_agreement,
 };
 use viommu::{GuestRam, Rid};
 
-use crate::config::{Behind, UnitMode, ViommuConfig};
+use crate::config::{Behind, UnitMode, ViommuConfig, ViommuKind};
 use crate::interrupts::Interrupts;
 use crate::memory::layout::{Layout, VTD_UNITS};
 
@@ -27,9 +31,18 @@ pub enum ViommuError {
     /// What was asked for is not there.
     #[error(transparent)]
     Unsupported(Box<Unsupported>),
-    /// A device cannot be behind its vIOMMU.
+    /// A device cannot be behind its VT-d unit.
     #[error(transparent)]
-    Endpoint(Box<AddError>),
+    VtdEndpoint(Box<vtd::AddError>),
+    /// A virtio-iommu has nothing to offer.
+    #[error(transparent)]
+    Virtio(#[from] virtio::ConfigError),
+    /// A device cannot be behind its virtio-iommu.
+    #[error(transparent)]
+    VirtioEndpoint(Box<virtio::AddError>),
+    /// The VIOT table.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
     /// The engine does not take the device.
     #[error(transparent)]
     Engine(#[from] Refused),
@@ -44,9 +57,15 @@ impl From<Unsupported> for ViommuError {
     }
 }
 
-impl From<AddError> for ViommuError {
-    fn from(error: AddError) -> Self {
-        Self::Endpoint(Box::new(error))
+impl From<vtd::AddError> for ViommuError {
+    fn from(error: vtd::AddError) -> Self {
+        Self::VtdEndpoint(Box::new(error))
+    }
+}
+
+impl From<virtio::AddError> for ViommuError {
+    fn from(error: virtio::AddError) -> Self {
+        Self::VirtioEndpoint(Box::new(error))
     }
 }
 
@@ -54,26 +73,55 @@ impl From<AddError> for ViommuError {
 pub(super) struct Viommus {
     ram: GuestRam,
     engine: Engine,
-    units: Vec<Placed>,
+    placed: Vec<Placed>,
     address_width: u8,
 }
 
-/// A unit and its place in the guest.
+/// A vIOMMU and its place in the guest.
 struct Placed {
-    unit: Arc<Unit>,
-    base: u64,
+    front: FrontEnd,
     endpoints: Vec<Rid>,
 }
 
-/// What a user may ask about the vIOMMUs of a running VM.
+/// What the guest sees of a vIOMMU.
+#[derive(Clone)]
+pub(super) enum FrontEnd {
+    /// A unit, and where its registers are.
+    Vtd { unit: Arc<Unit>, base: u64 },
+    /// A virtio-iommu, and which PCI function it is.
+    Virtio {
+        id: String,
+        unit: Arc<Iommu>,
+        rid: Rid,
+    },
+}
+
+/// The state of one vIOMMU, as a user may ask for it while the VM runs.
+#[derive(Debug, Serialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum ViommuState {
+    /// A VT-d unit's.
+    Vtd(UnitState),
+    /// A virtio-iommu's.
+    Virtio {
+        /// Its name.
+        id: String,
+        /// What it holds.
+        #[serde(flatten)]
+        snapshot: Snapshot,
+    },
+}
+
+/// The state of all vIOMMUs of a VM.
 #[derive(Debug, Serialize)]
 pub struct ViommuStates {
-    /// Each unit, in the order of the configuration.
-    pub viommus: Vec<UnitState>,
+    /// Each vIOMMU, in the order of the configuration.
+    pub viommus: Vec<ViommuState>,
 }
 
 impl Viommus {
-    /// Units as `configs` says, with no endpoints, on the bus.
+    /// vIOMMUs as `configs` says, with no endpoints. VT-d units are on the bus then; virtio ones
+    /// are put on the PCI bus by [`functions`](Self::functions).
     pub(super) fn new(
         configs: &[ViommuConfig],
         layout: &Layout,
@@ -88,36 +136,70 @@ impl Viommus {
                 ..Config::for_ram(ram)
             },
         );
-        let configs: Vec<UnitConfig> = configs.iter().map(unit_config).collect();
-        check_agreement(&configs)?;
-        let mut units = Vec::with_capacity(configs.len());
-        for (config, base) in configs
-            .into_iter()
-            .zip((VTD_UNITS.first..).step_by(REGISTERS_SIZE as usize))
-        {
-            let unit = Unit::new(
-                config,
-                Connections {
-                    ram: ram.clone(),
-                    msi: interrupts.clone(),
-                    backends: vec![Arc::new(engine.clone())],
-                    remapper: None,
-                    pasids: None,
-                },
-            )?;
-            mmio.insert(base, REGISTERS_SIZE, Arc::new(Registers(unit.clone())))?;
-            units.push(Placed {
-                unit,
-                base,
+        let of_vtd = configs.iter().filter(|c| c.kind == ViommuKind::Vtd);
+        check_agreement(&of_vtd.map(unit_config).collect::<Vec<_>>())?;
+        let mut viommus = Self {
+            ram: ram.clone(),
+            engine,
+            placed: Vec::with_capacity(configs.len()),
+            address_width: layout.address_width,
+        };
+        for (n, config) in configs.iter().enumerate() {
+            let front = match config.kind {
+                ViommuKind::Vtd => viommus.vtd_unit(n, config, interrupts, mmio)?,
+                ViommuKind::Virtio => viommus.virtio_unit(n, config)?,
+            };
+            viommus.placed.push(Placed {
+                front,
                 endpoints: Vec::new(),
             });
         }
-        Ok(Self {
-            ram: ram.clone(),
-            engine,
-            units,
-            address_width: layout.address_width,
+        Ok(viommus)
+    }
+
+    fn vtd_unit(
+        &self,
+        n: usize,
+        config: &ViommuConfig,
+        interrupts: &Arc<Interrupts>,
+        mmio: &Bus,
+    ) -> Result<FrontEnd, ViommuError> {
+        let unit = Unit::new(
+            unit_config(config),
+            Connections {
+                ram: self.ram.clone(),
+                msi: interrupts.clone(),
+                backends: vec![Arc::new(self.engine.clone())],
+                remapper: None,
+                pasids: None,
+            },
+        )?;
+        let base = VTD_UNITS.first + n as u64 * REGISTERS_SIZE;
+        mmio.insert(base, REGISTERS_SIZE, Arc::new(Registers(unit.clone())))?;
+        Ok(FrontEnd::Vtd { unit, base })
+    }
+
+    fn virtio_unit(&self, n: usize, config: &ViommuConfig) -> Result<FrontEnd, ViommuError> {
+        let offer = virtio::Config::compose(&self.engine.capabilities(), 0)?;
+        Ok(FrontEnd::Virtio {
+            id: config.id.clone(),
+            unit: Arc::new(Iommu::new(virtio::Config {
+                bypass: config.bypass,
+                gpa_bits: offer.gpa_bits.min(self.address_width),
+                ..offer
+            })),
+            // From the end of the bus, so that other devices have the same place with and without.
+            rid: Rid::new(0, 31 - n as u8, 0),
         })
+    }
+
+    /// The PCI functions that virtio-iommus are, and where they go.
+    pub(super) fn functions(&self) -> Vec<(Rid, Arc<VirtioIommu>)> {
+        let virtio = self.placed.iter().filter_map(|placed| match &placed.front {
+            FrontEnd::Virtio { unit, rid, .. } => Some((*rid, VirtioIommu::new(unit.clone()))),
+            FrontEnd::Vtd { .. } => None,
+        });
+        virtio.collect()
     }
 
     /// The way to guest memory of the emulated device at `rid`, which can do what `endpoint` says.
@@ -129,59 +211,95 @@ impl Viommus {
     ) -> Result<DmaPort, ViommuError> {
         let placed = match behind {
             Behind::Nothing => None,
-            Behind::Default => self.units.first_mut(),
-            Behind::Named(id) => self.units.iter_mut().find(|p| p.unit.config().id == id),
+            Behind::Default => self.placed.first_mut(),
+            Behind::Named(id) => self.placed.iter_mut().find(|p| p.front.id() == id),
         };
-        // The configuration was validated: a device that names a unit finds it.
+        // The configuration was validated: a device that names a vIOMMU finds it.
         let Some(placed) = placed else {
             return Ok(DmaPort::direct(self.ram.clone()));
         };
         let port = self.engine.add_endpoint(rid, endpoint)?;
-        if let Err(why) = placed.unit.add_endpoint(rid, Arc::new(self.engine.clone())) {
+        if let Err(why) = placed.front.add(rid, Arc::new(self.engine.clone())) {
             self.engine.remove_endpoint(rid);
-            return Err(why.into());
+            return Err(why);
         }
         placed.endpoints.push(rid);
         Ok(port)
     }
 
-    /// Fixes what the guest sees, and tells it in a DMAR table.
+    /// Fixes what the guest sees, and tells it in ACPI tables.
     ///
-    /// Each unit names its endpoints one by one: a device that it does not name is behind none.
-    pub(super) fn freeze(&self) -> Option<Vec<u8>> {
-        if self.units.is_empty() {
-            return None;
-        }
-        let units = self.units.iter().map(|placed| {
-            placed.unit.freeze();
-            Drhd {
-                include_pci_all: false,
-                register_base: placed.base,
-                scopes: placed
-                    .endpoints
-                    .iter()
-                    .map(|rid| Scope::Endpoint(*rid))
-                    .collect(),
+    /// Each vIOMMU names its endpoints one by one: a device that it does not name is behind none.
+    pub(super) fn freeze(&self) -> Result<Vec<Vec<u8>>, ViommuError> {
+        let (mut units, mut topologies) = (Vec::new(), Vec::new());
+        for placed in &self.placed {
+            let endpoints = placed.endpoints.iter();
+            match &placed.front {
+                FrontEnd::Vtd { unit, base } => {
+                    unit.freeze();
+                    units.push(Drhd {
+                        include_pci_all: false,
+                        register_base: *base,
+                        scopes: endpoints.map(|rid| Scope::Endpoint(*rid)).collect(),
+                    });
+                }
+                FrontEnd::Virtio { rid, .. } => {
+                    let ranges: Vec<(Rid, Rid)> = endpoints.map(|rid| (*rid, *rid)).collect();
+                    topologies.push(Topology::new(*rid, &ranges)?);
+                }
             }
-        });
-        let table = Dmar {
-            host_address_width: self.address_width,
-            units: units.collect(),
-            ..Dmar::default()
-        };
-        Some(table.to_bytes(Oem::default()))
+        }
+        let mut tables = Vec::new();
+        if !units.is_empty() {
+            let table = Dmar {
+                host_address_width: self.address_width,
+                units,
+                ..Dmar::default()
+            };
+            tables.push(table.to_bytes(Oem::default()));
+        }
+        if !topologies.is_empty() {
+            tables.push(viot::table(&topologies)?);
+        }
+        Ok(tables)
     }
 
-    /// The units themselves, to ask for their state.
-    pub(super) fn units(&self) -> Vec<Arc<Unit>> {
-        self.units.iter().map(|p| p.unit.clone()).collect()
+    /// The front ends, to ask for their state.
+    pub(super) fn front_ends(&self) -> Vec<FrontEnd> {
+        self.placed.iter().map(|p| p.front.clone()).collect()
     }
 }
 
-/// The state of `units`.
-pub(super) fn states(units: &[Arc<Unit>]) -> ViommuStates {
+impl FrontEnd {
+    fn id(&self) -> &str {
+        match self {
+            Self::Vtd { unit, .. } => &unit.config().id,
+            Self::Virtio { id, .. } => id,
+        }
+    }
+
+    fn add(&self, rid: Rid, backend: Arc<dyn Backend>) -> Result<(), ViommuError> {
+        match self {
+            Self::Vtd { unit, .. } => Ok(unit.add_endpoint(rid, backend)?),
+            Self::Virtio { unit, .. } => Ok(unit.add_endpoint(rid, backend, Regions::new())?),
+        }
+    }
+
+    fn state(&self) -> ViommuState {
+        match self {
+            Self::Vtd { unit, .. } => ViommuState::Vtd(unit.state()),
+            Self::Virtio { id, unit, .. } => ViommuState::Virtio {
+                id: id.clone(),
+                snapshot: unit.snapshot(),
+            },
+        }
+    }
+}
+
+/// The state of all of `front_ends`.
+pub(super) fn states(front_ends: &[FrontEnd]) -> ViommuStates {
     ViommuStates {
-        viommus: units.iter().map(|unit| unit.state()).collect(),
+        viommus: front_ends.iter().map(FrontEnd::state).collect(),
     }
 }
 
