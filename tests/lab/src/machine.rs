@@ -16,6 +16,8 @@ use crate::setup::Qemu;
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
 /// Where `target/lab` is seen inside a host.
 pub const SHARE: &str = "/lab";
+/// What the test program is told of its place there.
+pub const IN_HOST: &str = "NESTLING_LAB=/lab NESTLING_EMULATED_HOST=1";
 
 /// What every host is started with.
 #[derive(Clone, Debug)]
@@ -84,7 +86,7 @@ impl Hosts {
             .arg(self.lab.join("guests/host-initramfs"))
             .arg("-append")
             .arg(format!(
-                "console=ttyS0 panic=-1 loglevel=7 printk.time=1 no_timer_check {}",
+                "console=ttyS0 panic=-1 loglevel=7 printk.time=1 no_timer_check tsc=reliable {}",
                 what.cmdline
             ))
             .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])

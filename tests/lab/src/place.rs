@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::machine::{Host, Hosts, SHARE};
+use crate::machine::{Host, Hosts, IN_HOST, SHARE};
 
 /// One guest test, as the test program lists it.
 #[derive(Clone, Debug, Deserialize)]
@@ -175,10 +175,7 @@ impl Place {
         let host = self.host(&test.profile)?;
         let before = host.log_length();
         let result = host.run(
-            &format!(
-                "NESTLING_LAB={SHARE} {SHARE}/bin/guest-test run {}",
-                test.name
-            ),
+            &format!("{IN_HOST} {SHARE}/bin/guest-test run {}", test.name),
             Duration::from_secs(test.limit + 10),
         );
         let console = copy_from(&host.console, before, &logs.join("host-console.log"));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::machine::{Host, SHARE};
+use crate::machine::{Host, IN_HOST, SHARE};
 
 /// How long one command may take.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -17,12 +17,10 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// # Errors
 /// The machine does not boot or no longer answers.
 pub fn open(mut host: Option<Host>, machine: &str, lab: &Path) -> Result<bool> {
-    let share = if host.is_some() {
-        Path::new(SHARE)
-    } else {
-        lab
+    let program = match &host {
+        Some(_) => format!("{IN_HOST} {SHARE}/bin/guest-test"),
+        None => format!("NESTLING_LAB={0} {0}/bin/guest-test", lab.display()),
     };
-    let program = format!("NESTLING_LAB={0} {0}/bin/guest-test", share.display());
     let on_host = machine == "host";
     if !on_host {
         // The guest is a test that waits; this shell's commands reach it by the same program.
