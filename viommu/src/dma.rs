@@ -83,6 +83,14 @@ impl DmaPort {
         matches!(self.route, Route::Translated(_))
     }
 
+    /// Guest RAM itself, when no vIOMMU is in the way.
+    pub fn direct_ram(&self) -> Option<&GuestRam> {
+        match &self.route {
+            Route::Direct(ram) => Some(ram),
+            Route::Translated(_) => None,
+        }
+    }
+
     /// Who the port's requests come from; `None` for a direct port.
     pub fn target(&self) -> Option<Target> {
         match &self.route {

@@ -12,7 +12,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use viommu::dma::DmaPort;
+use viommu::GuestRam;
 use viommu::spec::virtio_iommu as spec;
 use viommu::virtio::decode::MAX_READABLE;
 use viommu::virtio::{Chain as Request, Config, Iommu, Reply};
@@ -20,6 +20,7 @@ use vm_memory::{GuestMemory, Permissions};
 
 use super::buffers;
 use super::device::{Activation, DeviceType, VirtioDevice, VirtioInterrupt};
+use super::flat::Flat;
 use super::ring::{Broken, Buffer, Chain, RING_FEATURES, Ring};
 
 /// Room for many unsynchronised MAPs of the driver before it has to wait.
@@ -44,10 +45,11 @@ pub struct VirtioIommu {
 /// The request queue of an active device, and room for what is in work.
 struct Requests {
     ring: Ring,
-    dma: DmaPort,
+    ram: GuestRam,
     interrupt: Arc<dyn VirtioInterrupt>,
     batch: Vec<Fetched>,
     replies: Vec<Reply>,
+    used: Vec<(u16, u32)>,
 }
 
 /// A request that was fetched from memory.
@@ -73,7 +75,7 @@ impl Default for Fetched {
 /// The event queue of an active device.
 struct Events {
     ring: Ring,
-    dma: DmaPort,
+    ram: GuestRam,
     interrupt: Arc<dyn VirtioInterrupt>,
     chain: Chain,
 }
@@ -160,20 +162,24 @@ impl VirtioDevice for VirtioIommu {
     }
 
     fn activate(&self, activation: Activation) -> io::Result<()> {
+        let ram = activation.dma.direct_ram().ok_or_else(|| {
+            io::Error::other("a virtio-iommu is behind a vIOMMU itself; put it behind none")
+        })?;
         self.unit.set_features(activation.features);
         let mut queues = activation.queues.into_iter();
         let mut next = || Some(queues.next().flatten()?.ring);
         let (requestq, eventq) = (next(), next());
         *self.requests() = requestq.map(|ring| Requests {
             ring,
-            dma: activation.dma.clone(),
+            ram: ram.clone(),
             interrupt: Arc::clone(&activation.interrupt),
             batch: Vec::new(),
             replies: Vec::with_capacity(BATCH),
+            used: Vec::with_capacity(BATCH),
         });
         *self.events() = eventq.map(|ring| Events {
             ring,
-            dma: activation.dma,
+            ram: ram.clone(),
             interrupt: activation.interrupt,
             chain: Chain::default(),
         });
@@ -206,8 +212,6 @@ impl Requests {
             if count == 0 {
                 return Ok(());
             }
-            // No access to memory is held meanwhile: what the requests remove may have to wait
-            // for every access there is.
             let served = self.batch[..count].iter().map(|fetched| Request {
                 readable: &fetched.readable[..fetched.readable_length],
                 writable: fetched.writable,
@@ -220,7 +224,7 @@ impl Requests {
 
     /// Fetches requests to the front of `batch`. None left means that the driver will kick.
     fn fetch(&mut self, unit: &Iommu) -> Result<usize, Broken> {
-        let access = self.dma.access();
+        let access = Flat::new(&self.ram);
         let most = unit.longest_reply();
         let mut count = 0;
         while count < BATCH {
@@ -239,13 +243,15 @@ impl Requests {
     }
 
     fn answer(&mut self, count: usize) -> Result<(), Broken> {
-        let access = self.dma.access();
+        let access = Flat::new(&self.ram);
+        self.used.clear();
         for (fetched, reply) in self.batch[..count].iter().zip(&self.replies) {
             let chain = &fetched.chain;
             // It could be written a moment ago.
             let used = buffers::copy_out(&access, &chain.writable, reply.bytes()).unwrap_or(0);
-            self.ring.push(&access, chain.head(), used as u32)?;
+            self.used.push((chain.head(), used as u32));
         }
+        self.ring.push_all(&access, &self.used)?;
         if self.ring.wants_interrupt(&access)? {
             self.interrupt.queue(spec::REQUESTQ);
         }
@@ -284,7 +290,7 @@ fn writable<M: GuestMemory>(memory: &M, buffers: &[Buffer], most: usize) -> usiz
 
 impl Events {
     fn report(&mut self, unit: &Iommu) -> Result<(), Broken> {
-        let access = self.dma.access();
+        let access = Flat::new(&self.ram);
         let mut told = false;
         // A buffer that is too small is given back empty (5.13.6.9); there are at most as many as
         // the ring has.

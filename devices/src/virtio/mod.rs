@@ -11,6 +11,7 @@ pub mod block;
 pub mod buffers;
 pub mod console;
 pub mod device;
+mod flat;
 #[cfg(any(test, feature = "fuzzing"))]
 mod fuzz;
 pub mod iommu;
