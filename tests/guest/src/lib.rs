@@ -13,6 +13,7 @@ pub mod net;
 pub mod pci;
 pub mod refuse;
 pub mod soak;
+pub mod vtd;
 
 use anyhow::{Context, Result, bail};
 
@@ -30,6 +31,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("pci", pci::TESTS),
     ("refuse", refuse::TESTS),
     ("soak", soak::TESTS),
+    ("vtd", vtd::TESTS),
 ];
 
 /// Does what the command line says: `list`, or `run MODULE::TEST`.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::harness::{Guest, Lab, Test, show, tap::Tap};
+use crate::harness::{Guest, Lab, Machine, Test, show, tap::Tap};
 
 /// The tests.
 pub const TESTS: &[Test] =
@@ -38,29 +38,47 @@ fn both_ways(lab: &Lab) -> Result<()> {
     guest.run(&format!("ping -c 2 -W 5 -s 4000 {HOST}"))?;
     host_pings()?;
 
+    exchange(lab, &mut guest, HOST, LENGTH)?;
+    let counters = guest.run("cat /sys/class/net/eth0/statistics/*_errors")?;
+    ensure!(
+        counters.split_whitespace().all(|n| n == "0"),
+        "errors on eth0: {counters}"
+    );
+    guest.power_off()?;
+    Ok(())
+}
+
+/// Sends `length` bytes from the guest to the host at `host` over TCP, and back again; every
+/// byte must arrive.
+///
+/// # Errors
+/// One does not.
+pub fn exchange(lab: &Lab, guest: &mut Machine, host: &str, length: u64) -> Result<()> {
     guest.run_within(
         SLOW,
-        "head -c 1048576 /dev/urandom > /tmp/part; \
-         for n in $(seq 64); do cat /tmp/part; echo $n; done | head -c 67108864 > /tmp/data",
+        &format!(
+            "head -c 1048576 /dev/urandom > /tmp/part; \
+         for n in $(seq 64); do cat /tmp/part; echo $n; done | head -c {length} > /tmp/data"
+        ),
     )?;
     let sent = guest.run_within(SLOW, "sha256sum < /tmp/data")?;
 
-    let listener = TcpListener::bind((HOST, 0))?;
+    let listener = TcpListener::bind((host, 0))?;
     let port = listener.local_addr()?.port();
     let copy = lab.file("received");
     let path = copy.clone();
     let started = Instant::now();
-    let host = std::thread::spawn(move || -> Result<u64> {
+    let other = std::thread::spawn(move || -> Result<u64> {
         let stream = accept(&listener)?;
-        receive(stream, &path)
+        receive(stream, &path, length)
     });
-    guest.run_within(SLOW, &format!("nc {HOST} {port} < /tmp/data"))?;
-    let received = joined(host)?;
+    guest.run_within(SLOW, &format!("nc {host} {port} < /tmp/data"))?;
+    let received = joined(other)?;
     ensure!(
-        received == LENGTH,
-        "of {LENGTH} bytes {received} reached the host"
+        received == length,
+        "of {length} bytes {received} reached the host"
     );
-    show(format!("guest to host: {:.0} MiB/s", rate(started)));
+    show(format!("guest to host: {:.0} MiB/s", rate(length, started)));
     let arrived = std::process::Command::new("sha256sum")
         .stdin(File::open(&copy)?)
         .output()?;
@@ -70,27 +88,20 @@ fn both_ways(lab: &Lab) -> Result<()> {
         "the host received other bytes than the guest sent"
     );
 
-    let listener = TcpListener::bind((HOST, 0))?;
+    let listener = TcpListener::bind((host, 0))?;
     let port = listener.local_addr()?.port();
     let started = Instant::now();
-    let host = std::thread::spawn(move || -> Result<u64> {
+    let other = std::thread::spawn(move || -> Result<u64> {
         let mut stream = accept(&listener)?;
         Ok(io::copy(&mut File::open(&copy)?, &mut stream)?)
     });
-    let back = guest.run_within(SLOW, &format!("nc {HOST} {port} < /dev/null | sha256sum"))?;
-    joined(host)?;
-    show(format!("host to guest: {:.0} MiB/s", rate(started)));
+    let back = guest.run_within(SLOW, &format!("nc {host} {port} < /dev/null | sha256sum"))?;
+    joined(other)?;
+    show(format!("host to guest: {:.0} MiB/s", rate(length, started)));
     ensure!(
         back.trim() == sent.trim(),
         "the guest received other bytes than the host sent"
     );
-
-    let counters = guest.run("cat /sys/class/net/eth0/statistics/*_errors")?;
-    ensure!(
-        counters.split_whitespace().all(|n| n == "0"),
-        "errors on eth0: {counters}"
-    );
-    guest.power_off()?;
     Ok(())
 }
 
@@ -127,10 +138,10 @@ fn accept(listener: &TcpListener) -> Result<TcpStream> {
     }
 }
 
-fn receive(mut stream: TcpStream, to: &Path) -> Result<u64> {
+fn receive(mut stream: TcpStream, to: &Path, length: u64) -> Result<u64> {
     let mut file = File::create(to)?;
     // One byte more than is expected shows a stream that does not end.
-    Ok(io::copy(&mut (&mut stream).take(LENGTH + 1), &mut file)?)
+    Ok(io::copy(&mut (&mut stream).take(length + 1), &mut file)?)
 }
 
 fn joined(thread: std::thread::JoinHandle<Result<u64>>) -> Result<u64> {
@@ -140,6 +151,6 @@ fn joined(thread: std::thread::JoinHandle<Result<u64>>) -> Result<u64> {
     }
 }
 
-fn rate(since: Instant) -> f64 {
-    (LENGTH >> 20) as f64 / since.elapsed().as_secs_f64()
+fn rate(length: u64, since: Instant) -> f64 {
+    (length >> 20) as f64 / since.elapsed().as_secs_f64()
 }

@@ -17,6 +17,8 @@ const BOOT_LIMIT: Duration = Duration::from_secs(150);
 const HANG_LIMIT: Duration = Duration::from_secs(40);
 /// How long a command in a guest may take.
 const RUN_LIMIT: Duration = Duration::from_secs(60);
+/// How long nestling may take to print its state.
+const STATE_LIMIT: Duration = Duration::from_secs(10);
 /// How long nestling may take to end once its guest has asked for it.
 const END_LIMIT: Duration = Duration::from_secs(60);
 
@@ -264,6 +266,35 @@ impl Machine {
             return Err(std::io::Error::last_os_error()).context("kill");
         }
         Ok(())
+    }
+
+    /// The live state of the guest's vIOMMUs, as nestling prints it on SIGUSR1.
+    ///
+    /// # Errors
+    /// It does not print one within its limit.
+    pub fn viommus(&self) -> Result<serde_json::Value> {
+        let states = || {
+            let said = lossy(&self.said);
+            said.lines()
+                .filter(|l| l.starts_with("{\"viommus\""))
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        let before = states().len();
+        self.signal(libc::SIGUSR1)?;
+        let deadline = Instant::now() + STATE_LIMIT;
+        while Instant::now() < deadline {
+            if let Some(state) = states().get(before) {
+                let mut state: serde_json::Value = serde_json::from_str(state)?;
+                fs::write(
+                    self.kept.with_extension("viommus.json"),
+                    format!("{state:#}\n"),
+                )?;
+                return Ok(state["viommus"].take());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        bail!("nestling prints no state of its vIOMMUs on SIGUSR1")
     }
 
     /// Sends a command that makes the guest start over, and waits for its agent.

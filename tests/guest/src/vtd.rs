@@ -1,0 +1,320 @@
+//! Devices behind a VT-d unit: stock drivers choose the mode they should, and everything arrives.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::harness::{Guest, Lab, Machine, Test, tap::Tap};
+use crate::net::exchange;
+
+/// The tests.
+pub const TESTS: &[Test] = &[
+    Test::new("stock_7_2_uses_first_stage_tables_strict", |lab| {
+        Behind::new(Guest::debian("7.2").cmdline("iommu.strict=1")).works(lab)
+    }),
+    Test::new("stock_7_2_uses_first_stage_tables_lazy", |lab| {
+        Behind::new(Guest::debian("7.2").cmdline("iommu.strict=0").cpus(2))
+            .lazy()
+            .works(lab)
+    }),
+    Test::new("stock_6_12_uses_first_stage_tables", |lab| {
+        Behind::new(Guest::debian("6.12").cpus(2)).lazy().works(lab)
+    }),
+    Test::new("stock_6_1_uses_first_stage_tables", |lab| {
+        Behind::new(Guest::debian("6.1").cpus(2)).lazy().works(lab)
+    }),
+    Test::new(
+        "the_guests_dump_of_its_tables_agrees_with_ours",
+        dump_agrees,
+    ),
+    Test::new("iommu_pt_makes_an_identity_domain", |lab| {
+        Behind::new(Guest::lab_kernel().cmdline("iommu=pt"))
+            .group("identity")
+            .translation("identity")
+            .works(lab)
+    }),
+    Test::new("legacy_mode_uses_second_stage_tables", |lab| {
+        Behind::new(Guest::lab_kernel())
+            .unit("mode=legacy")
+            .translation("stage2")
+            .works(lab)
+    }),
+    Test::new(
+        "a_guest_that_declines_scalable_mode_gets_second_stage_tables",
+        |lab| {
+            Behind::new(Guest::debian("6.12").cmdline("intel_iommu=on,sm_off"))
+                .translation("stage2")
+                .works(lab)
+        },
+    ),
+    Test::new("a_unit_of_39_bits_works", |lab| {
+        Behind::new(Guest::lab_kernel())
+            .unit("address-width=39")
+            .lazy()
+            .works(lab)
+    }),
+    Test::new("a_unit_of_57_bits_works_with_5_level_cpus", |lab| {
+        Behind::new(Guest::lab_kernel().cpus(2))
+            .unit("address-width=57")
+            .lazy()
+            .works(lab)
+    }),
+    Test::new("two_units_serve_their_own_devices", two_units),
+    Test::new("traffic_goes_on_after_a_reboot", reboots),
+];
+
+const HOST: &str = "192.168.78.1";
+const GUEST: &str = "192.168.78.2";
+const SLOW: Duration = Duration::from_secs(100);
+
+/// A guest whose disk and network card are behind a unit, and what is expected of it.
+struct Behind {
+    guest: Guest,
+    unit: String,
+    group: &'static str,
+    translation: &'static str,
+}
+
+impl Behind {
+    fn new(guest: Guest) -> Self {
+        let guest = guest.cmdline("intel_iommu=on");
+        let unit = "type=vtd,id=unit".into();
+        Self {
+            guest,
+            unit,
+            group: "DMA",
+            translation: "stage1",
+        }
+    }
+
+    /// With an option of the unit's.
+    fn unit(mut self, option: &str) -> Self {
+        self.unit = format!("{},{option}", self.unit);
+        self
+    }
+
+    /// The guest flushes in batches.
+    fn lazy(self) -> Self {
+        self.group("DMA-FQ")
+    }
+
+    fn group(mut self, group: &'static str) -> Self {
+        self.group = group;
+        self
+    }
+
+    fn translation(mut self, translation: &'static str) -> Self {
+        self.translation = translation;
+        self
+    }
+
+    /// Boots it, and checks how it drives the unit and that all bytes arrive, also after its
+    /// drivers were bound anew.
+    fn works(self, lab: &Lab) -> Result<()> {
+        let image = lab.image("disk", 32)?;
+        let tap = Tap::new("lab1", &format!("{HOST}/24"))?;
+        let mut guest = self
+            .guest
+            .option("--viommu", &self.unit)
+            .option("--disk", &format!("path={},iommu=on", image.display()))
+            .option("--net", &format!("tap={},iommu=on", tap.name()))
+            .boot(lab)?;
+        groups_are(&mut guest, self.group)?;
+        disk_keeps(&mut guest, &image)?;
+        network_works(lab, &mut guest, 8 << 20)?;
+        translations_are(&guest.viommus()?, self.translation, 2)?;
+        rebind(&mut guest)?;
+        disk_keeps(&mut guest, &image)?;
+        network_works(lab, &mut guest, 1 << 20)?;
+        no_faults(&guest.viommus()?)?;
+        guest.power_off()?;
+        Ok(())
+    }
+}
+
+/// The devices behind the unit are in groups of this type, each in its own.
+fn groups_are(guest: &mut Machine, expected: &str) -> Result<()> {
+    let types = guest.run("cat /sys/kernel/iommu_groups/*/type")?;
+    let types: Vec<&str> = types.lines().collect();
+    ensure!(
+        types.len() == 2 && types.iter().all(|t| *t == expected),
+        "the groups have the types {types:?}, two of {expected} were expected"
+    );
+    Ok(())
+}
+
+/// Each of so many targets has this kind of translation in force.
+fn translations_are(units: &Value, kind: &str, count: usize) -> Result<()> {
+    let targets = units
+        .as_array()
+        .into_iter()
+        .flatten()
+        .flat_map(|unit| unit["targets"].as_array().cloned().unwrap_or_default());
+    let found: Vec<Value> = targets.collect();
+    ensure!(
+        found.len() == count
+            && found
+                .iter()
+                .all(|t| t["translation"]["kind"] == kind && t["in_force"] == true),
+        "{count} targets with {kind} were expected, there are {found:#?}"
+    );
+    Ok(())
+}
+
+fn no_faults(units: &Value) -> Result<()> {
+    for unit in units.as_array().into_iter().flatten() {
+        let clean = ["faults_recorded", "faults_lost"]
+            .iter()
+            .all(|key| unit[*key] == 0)
+            && unit["queue"]["errors"] == 0
+            && unit["back_end"]["refusals"] == 0;
+        ensure!(clean, "the unit has faults or errors: {unit:#}");
+    }
+    Ok(())
+}
+
+/// What the guest writes reaches the image, and is read back.
+fn disk_keeps(guest: &mut Machine, image: &Path) -> Result<()> {
+    guest.run_within(SLOW, "dd if=/dev/urandom of=/dev/vda bs=1M count=16")?;
+    guest.run_within(
+        SLOW,
+        "for at in 1 7 4095 30001; do \
+         dd if=/dev/urandom of=/dev/vda bs=512 count=9 seek=$at conv=notrunc; done; \
+         sync; echo 3 > /proc/sys/vm/drop_caches",
+    )?;
+    let read = guest.run_within(SLOW, "sha256sum < /dev/vda")?;
+    let output = Command::new("sha256sum")
+        .stdin(std::fs::File::open(image)?)
+        .output()?;
+    let written = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        read.trim() == written.trim(),
+        "the guest reads {read}, the image has {written}"
+    );
+    Ok(())
+}
+
+fn network_works(lab: &Lab, guest: &mut Machine, length: u64) -> Result<()> {
+    guest.run(&format!(
+        "ip addr flush dev eth0; ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up"
+    ))?;
+    guest.run(&format!("ping -c 2 -W 5 -s 4000 {HOST}"))?;
+    exchange(lab, guest, HOST, length)
+}
+
+/// Takes the drivers of the disk and the card away and gives them back.
+fn rebind(guest: &mut Machine) -> Result<()> {
+    guest.run(
+        "cd /sys/bus/pci/drivers/virtio-pci; \
+         for d in $(ls -d /sys/kernel/iommu_groups/*/devices/*); do \
+         d=${d##*/}; echo $d > unbind && echo $d > bind || exit 1; done; \
+         for i in $(seq 50); do [ -b /dev/vda ] && [ -d /sys/class/net/eth0 ] && exit 0; \
+         sleep 0.1; done; exit 1",
+    )?;
+    Ok(())
+}
+
+/// The lab kernel's debugfs shows the root tables in use; they are the ones that the unit has.
+fn dump_agrees(lab: &Lab) -> Result<()> {
+    let image = lab.image("disk", 32)?;
+    let mut guest = Guest::lab_kernel()
+        .cmdline("intel_iommu=on iommu.strict=1")
+        .option("--viommu", "type=vtd")
+        .option("--disk", &format!("path={},iommu=on", image.display()))
+        .boot(lab)?;
+    disk_keeps(&mut guest, &image)?;
+    let units = guest.viommus()?;
+    let unit = &units[0];
+    let dump = guest.run("cat /sys/kernel/debug/iommu/intel/dmar_translation_struct")?;
+    ensure!(
+        dump.contains("Scalable Mode: enabled"),
+        "the guest's dump does not say scalable mode:\n{dump}"
+    );
+    let hex = |value: &Value| value.as_u64().map(|v| format!("{v:016x}"));
+    let root = hex(&unit["root_table"]).context("the unit has no root table")?;
+    ensure!(
+        dump.contains(&format!("{:x}", unit["root_table"].as_u64().unwrap_or(0))),
+        "the guest's root table is not {root}:\n{dump}"
+    );
+    // PASID table entry of RID_PASID: its third quadword has FSPTPTR.
+    let table = unit["targets"][0]["translation"]["root"]
+        .as_u64()
+        .context("no first-stage table")?;
+    ensure!(
+        dump.contains(
+            &format!("{:012x}", table >> 12)
+                .trim_start_matches('0')
+                .to_owned()
+        ),
+        "no PASID entry of the guest has the first-stage table {table:#x}:\n{dump}"
+    );
+    let registers = guest.run("cat /sys/kernel/debug/iommu/intel/iommu_regset")?;
+    for (name, key) in [("CAP", "cap"), ("ECAP", "ecap"), ("GSTS", "gsts")] {
+        let ours = hex(&unit[key]).context("no register")?;
+        let theirs = registers
+            .lines()
+            .find(|l| l.split_whitespace().next() == Some(name));
+        let theirs = theirs.with_context(|| format!("no {name} in:\n{registers}"))?;
+        ensure!(
+            theirs.ends_with(&ours),
+            "{name} is {ours} here and in the guest: {theirs}"
+        );
+    }
+    no_faults(&units)?;
+    guest.power_off()?;
+    Ok(())
+}
+
+fn two_units(lab: &Lab) -> Result<()> {
+    let image = lab.image("disk", 32)?;
+    let tap = Tap::new("lab1", &format!("{HOST}/24"))?;
+    let mut guest = Guest::debian("7.2")
+        .cmdline("intel_iommu=on")
+        .option("--viommu", "type=vtd,id=storage")
+        .option("--viommu", "type=vtd,id=network")
+        .option(
+            "--disk",
+            &format!("path={},viommu=storage", image.display()),
+        )
+        .option("--net", &format!("tap={},viommu=network", tap.name()))
+        .boot(lab)?;
+    let units = guest.run("ls /sys/class/iommu")?;
+    ensure!(
+        units.split_whitespace().eq(["dmar0", "dmar1"]),
+        "the guest sees {units}"
+    );
+    disk_keeps(&mut guest, &image)?;
+    network_works(lab, &mut guest, 4 << 20)?;
+    let units = guest.viommus()?;
+    for unit in units.as_array().into_iter().flatten() {
+        let count = unit["endpoints"].as_array().map_or(0, Vec::len);
+        ensure!(count == 1, "a unit has {count} endpoints: {unit:#}");
+    }
+    translations_are(&units, "stage1", 2)?;
+    no_faults(&units)?;
+    guest.power_off()?;
+    Ok(())
+}
+
+fn reboots(lab: &Lab) -> Result<()> {
+    let image = lab.image("disk", 32)?;
+    let mut guest = Guest::debian("6.12")
+        .cmdline("intel_iommu=on")
+        .option("--viommu", "type=vtd")
+        .option("--disk", &format!("path={},iommu=on", image.display()))
+        .boot(lab)?;
+    disk_keeps(&mut guest, &image)?;
+    guest.restart_by("reboot -f")?;
+    let fresh = guest.viommus()?;
+    if fresh[0]["queue"]["wait"].as_u64().is_none() {
+        bail!("the state has no count of waits: {fresh:#}");
+    }
+    disk_keeps(&mut guest, &image)?;
+    translations_are(&guest.viommus()?, "stage1", 1)?;
+    no_faults(&guest.viommus()?)?;
+    guest.power_off()?;
+    Ok(())
+}
