@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use iommufd_bindings as sys;
+use viommu::backend::conformance::{self, Harness};
 use viommu::backend::iommufd::hwinfo::{HwInfo, HwModel, VtdHardware};
 use viommu::backend::iommufd::kernel::{HwptKind, Kernel, Linux, Partial};
 use viommu::backend::iommufd::object::Ioas;
@@ -319,6 +320,14 @@ fn memfd() -> File {
 impl Bench {
     /// Two claimed devices with PASIDs and page requests; `None` where there is no mock.
     fn open() -> Option<Self> {
+        let bench = Self::unclaimed()?;
+        for rid in [A, B] {
+            bench.host.claim(rid, bench.sink.clone()).unwrap();
+        }
+        Some(bench)
+    }
+
+    fn unclaimed() -> Option<Self> {
         let file = match OpenOptions::new().read(true).write(true).open("/dev/iommu") {
             Ok(file) => file,
             Err(error) => {
@@ -373,7 +382,6 @@ impl Bench {
                 page_requests: true,
             };
             host.add_device(rid, description).unwrap();
-            host.claim(rid, sink.clone()).unwrap();
             devices.insert(rid, (device, id));
         }
         Some(Self {
@@ -676,6 +684,49 @@ fn nothing_is_left_behind() {
         .count();
     // For each of the two devices: an address space, its two tables, the device and its binding.
     assert!(live <= 10, "{live} objects are left");
+}
+
+impl Harness for Bench {
+    fn backend(&self) -> &(dyn Backend + 'static) {
+        &self.host
+    }
+    fn endpoints(&self) -> [Rid; 2] {
+        [A, B]
+    }
+    fn pasids(&self) -> Vec<Pasid> {
+        vec![Pasid(1), Pasid(0xf_ffff)]
+    }
+    fn translations(&self) -> Vec<Translation> {
+        vec![stage1(RAM), Translation::Identity, stage1(RAM + 0x1000)]
+    }
+    fn refused(&self) -> Vec<Translation> {
+        vec![stage1(RAM + 1), stage1(1 << 60)]
+    }
+    fn mappings(&self) -> Vec<Mapping> {
+        let at = |n: u64| Mapping {
+            iova: Iova(0x400_0000 + n * 0x4000),
+            gpa: Gpa(RAM + n * 0x3000),
+            length: 0x2000,
+            access: Access::READ_WRITE,
+            mmio: false,
+        };
+        (0..5).map(at).collect()
+    }
+}
+
+#[test]
+fn the_host_back_end_conforms_on_the_kernel() {
+    if Bench::unclaimed().is_none() {
+        return;
+    }
+    for (name, check) in conformance::CHECKS {
+        // The mock has four cache entries where VT-d has an address space.
+        if name.contains("invalidation of existing") {
+            continue;
+        }
+        eprintln!("conformance: {name}");
+        check(&Bench::unclaimed().unwrap());
+    }
 }
 
 #[test]
