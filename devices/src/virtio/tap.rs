@@ -1,5 +1,6 @@
 //! A tap interface of the host.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -179,12 +180,15 @@ fn check(result: libc::c_int) -> io::Result<()> {
 fn attach(name: &str) -> Result<File, TapError> {
     let bad = name.is_empty()
         || name.len() >= libc::IFNAMSIZ
-        || name.bytes().any(|b| b == b'/' || b == 0 || b == b'%');
+        || name.bytes().any(|b| b == b'/' || b == b'%');
     if bad {
         return Err(TapError::Name(name.into()));
     }
     // TUNSETIFF would create what is missing: down, without an address, and gone with us.
-    if !std::path::Path::new("/sys/class/net").join(name).exists() {
+    // Not /sys/class/net: it shows the network namespace that it was mounted in.
+    let text = CString::new(name).map_err(|_| TapError::Name(name.into()))?;
+    // SAFETY: the argument is a string with a NUL at its end.
+    if unsafe { libc::if_nametoindex(text.as_ptr()) } == 0 {
         return Err(TapError::Missing(name.into()));
     }
     let file = OpenOptions::new()

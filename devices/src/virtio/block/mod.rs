@@ -421,7 +421,8 @@ impl Service {
                 return Ok(());
             }
             queue.ring.disable_kicks(&access)?;
-            if queue.ring.has_more(&access)? {
+            // One at a time: the thread that wakes wakes the next one, if there is more still.
+            if !queue.wanted && queue.ring.has_more(&access)? {
                 queue.wanted = true;
                 self.work.notify_one();
             }
