@@ -215,9 +215,10 @@ impl Unit {
             Some(offer) => offer
                 .check_endpoint(&self.config.id, backend.capabilities())
                 .map_err(unsupported)?,
-            None if known => {}
+            // Also for a back end that is known: it may have got narrower with the endpoint.
             None => {
-                let all = commands.backends.iter().chain([&backend]);
+                let new = (!known).then_some(&backend);
+                let all = commands.backends.iter().chain(new);
                 let extras = Extras {
                     interrupt_remapping: self.remapper.is_some(),
                     pasid_allocation: self.pasids.is_some(),

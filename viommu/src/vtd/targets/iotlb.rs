@@ -48,7 +48,9 @@ impl Targets {
     }
 
     pub(super) fn invalidate_everything(&mut self) {
-        self.due.extend(&self.failed);
+        if !self.failed.is_empty() {
+            self.due.extend(&self.failed);
+        }
         self.each_backend(Invalidation {
             scope: Scope::All,
             range: InvalidationRange::All,
@@ -72,8 +74,24 @@ impl Targets {
         let bound = |pasid| Tag::new().with_did(did).with_pasid(pasid);
         let from = bound(*pasids.start());
         let to = bound(*pasids.end()).with_rid(u16::MAX).with_plain(true);
+        // Most invalidations name the one target that the last one did.
+        if let Some((known, tag, tagged)) = self.recent
+            && known == (from, to)
+            && self.failed.is_empty()
+        {
+            if let Some(range) = how(tagged.stages) {
+                let scope = Scope::Target(tag.target());
+                self.collect(tagged.backend, Invalidation { scope, range });
+            }
+            return;
+        }
         // Taken out so that the batches can be filled while the tags are walked.
         let tags = std::mem::take(&mut self.tags);
+        let mut named = tags.range(from..=to);
+        self.recent = match (named.next(), named.next()) {
+            (Some((tag, tagged)), None) => Some(((from, to), *tag, *tagged)),
+            _ => None,
+        };
         for (count, (tag, tagged)) in tags.range(from..=to).enumerate() {
             let target = tag.target();
             if !self.failed.is_empty() && self.failed.contains(&target) {

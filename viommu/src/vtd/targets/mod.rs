@@ -157,6 +157,9 @@ pub(super) struct Targets {
     slots: Vec<Option<Slot>>,
     endpoints: BTreeMap<Rid, Endpoint>,
     tags: BTreeMap<Tag, Tagged>,
+    /// The last range of tags that named one target only, and that target. Forgotten with every
+    /// change of `tags`.
+    recent: Option<((Tag, Tag), Tag, Tagged)>,
     /// Targets that a back end refused.
     failed: BTreeSet<Target>,
     /// Those of them that an invalidation named: they are asked for again, once per run.
@@ -187,6 +190,7 @@ impl Targets {
             slots: Vec::new(),
             endpoints: BTreeMap::new(),
             tags: BTreeMap::new(),
+            recent: None,
             failed: BTreeSet::new(),
             due: BTreeSet::new(),
             rids: Vec::new(),
@@ -387,13 +391,14 @@ impl Targets {
         if old_entry != Some((entry.did, pasid))
             && let Some((did, pasid)) = old_entry
         {
-            self.tags.remove(&Tag::of(target, did, pasid));
+            self.tags_mut().remove(&Tag::of(target, did, pasid));
         }
         let tagged = Tagged {
             backend,
             stages: stages(entry.translation),
         };
-        self.tags.insert(Tag::of(target, entry.did, pasid), tagged);
+        self.tags_mut()
+            .insert(Tag::of(target, entry.did, pasid), tagged);
         let live = Live::Entry {
             entry,
             pasid,
@@ -401,6 +406,11 @@ impl Targets {
             scan: now,
         };
         self.insert(target, old, live);
+    }
+
+    fn tags_mut(&mut self) -> &mut BTreeMap<Tag, Tagged> {
+        self.recent = None;
+        &mut self.tags
     }
 
     /// The tables give `target` no translation. What is merely not there is no news; what is
@@ -453,7 +463,7 @@ impl Targets {
             self.live_pasids -= 1;
         }
         if let Live::Entry { entry, pasid, .. } = live {
-            self.tags.remove(&Tag::of(target, entry.did, pasid));
+            self.tags_mut().remove(&Tag::of(target, entry.did, pasid));
         }
         self.refuse(target, false);
         Some(live)
