@@ -28,6 +28,7 @@ const TARGETS: &[Target] = &[
     ("viommu-vtd-registers", viommu::vtd::fuzz::registers),
     ("viommu-vtd-queue", viommu::vtd::fuzz::queue),
     ("viommu-vtd-tables", viommu::vtd::fuzz::tables),
+    ("viommu-engine", viommu::backend::software::fuzz::walks),
     ("viommu-page-requests", viommu::pasid::fuzz::page_requests),
     ("viommu-virtio-chains", viommu::virtio::fuzz::chains),
     ("viommu-virtio-operations", viommu::virtio::fuzz::operations),

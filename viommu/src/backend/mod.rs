@@ -157,7 +157,8 @@ pub enum InvalidationRange {
     /// All of them, and cached paging structures.
     All,
     /// `count` 4 KiB pages from `first`, which is 4 KiB-aligned; with `leaf` only leaf entries
-    /// changed, so paging structures may stay cached.
+    /// changed, so paging structures may stay cached. The addresses are those that the endpoint
+    /// sends; a change in the outer table of [`Translation::Nested`] is [`All`](Self::All).
     Pages {
         /// First address.
         first: Iova,

@@ -11,6 +11,8 @@
 
 mod domain;
 mod endpoint;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod inflight;
 mod iotlb;
 pub(crate) mod port;

@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 use super::{EndpointConfig, Engine};
 use crate::backend::{
     Access, Backend, EventSink, Fault, Invalidation, InvalidationRange, Mapping, PageRequest,
-    Scope, Stage1, Translation,
+    Scope, Stage1, Stage2, Translation,
 };
 use crate::dma::DmaPort;
 use crate::{DomainId, Gpa, GuestRam, Iova, Rid, Target};
@@ -266,5 +266,71 @@ fn no_dma_after_another_translation_is_applied() {
             moves += 1;
         }
         setup.stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn tables_that_change_under_the_walk_lead_nowhere_but_to_ram() {
+    let setup = Setup::new();
+    let size: u64 = 2 << 20;
+    let stage1 = Stage1 {
+        root: Gpa(TABLES[0]),
+        width: 48,
+        sre: false,
+        wpe: false,
+        eafe: true,
+    };
+    let stage2 = Stage2 {
+        root: Gpa(TABLES[0]),
+        width: 48,
+        ad: true,
+    };
+    std::thread::scope(|scope| {
+        let setup = &setup;
+        // The guest: every table points to itself, to the others and beyond, all the time.
+        scope.spawn(move || {
+            let mut random = 0x9e37_79b9_7f4a_7c15u64;
+            while !setup.stop.load(Ordering::Relaxed) {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let at = TABLES[random as usize & 3] + (random >> 8 & 1) * 8;
+                let entry = match random >> 60 {
+                    0..12 => TABLES[(random >> 16) as usize & 3] | 7,
+                    12 => size | 7,
+                    13 => 0,
+                    14 => random >> 8 | 1,
+                    _ => 0x87,
+                };
+                let at = GuestAddress(at);
+                setup.ram.store(entry, at, Ordering::Relaxed).unwrap();
+            }
+        });
+        let begin = Instant::now();
+        let (mut passed, mut tried) = (0u64, 0u64);
+        let translations = [
+            Translation::Stage1(stage1),
+            Translation::Nested { stage1, stage2 },
+            Translation::Stage2(stage2),
+        ];
+        for translation in translations.into_iter().cycle() {
+            setup.engine.apply(PLAIN, translation).unwrap();
+            let access = setup.port.access();
+            for number in 0..500u64 {
+                let bits = (0..4).map(|level| (number >> level & 1) << (12 + 9 * level));
+                let iova = Iova(bits.sum::<u64>() | number & 0xfff);
+                if let Ok(found) = access.lookup(iova, 64, Access::READ_WRITE) {
+                    assert!(found.gpa.0 + found.length <= size);
+                    passed += 1;
+                }
+                tried += 1;
+            }
+            drop(access);
+            if begin.elapsed() > TRIED && tried > 10_000 {
+                break;
+            }
+        }
+        setup.stop.store(true, Ordering::Relaxed);
+        assert!(passed > 0, "none of {tried} passed");
     });
 }
