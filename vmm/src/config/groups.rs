@@ -183,7 +183,7 @@ options! {
     /// A vIOMMU of the guest. May be given several times; devices name it with viommu=.
     pub struct ViommuConfig {
         /// What it looks like to the guest: an Intel VT-d unit or a virtio-iommu. The options
-        /// mode, address_width, pasid_bits and nested are those of a VT-d unit.
+        /// mode, address_width, pasid_bits, interrupt_remapping and nested are a VT-d unit's.
         pub kind ["type"]: ViommuKind = ViommuKind::Vtd;
         /// Its name, unique in the VM.
         pub id: String = "viommu0".into();
@@ -194,6 +194,8 @@ options! {
         pub address_width: Option<u8>;
         /// Bits of PASID, 1 to 20, or 0 for none; by itself, what all devices have.
         pub pasid_bits: Option<u8>;
+        /// Offer interrupt remapping. All units of a VM have the same.
+        pub interrupt_remapping: bool = false;
         /// Offer second-stage tables in scalable mode: the guest can be a host itself.
         pub nested: bool = false;
         /// Until the guest turns translation on, let DMA pass unchanged, not be blocked.

@@ -379,6 +379,7 @@ impl VmConfig {
                 ("mode", unit.mode != UnitMode::default()),
                 ("address_width", unit.address_width.is_some()),
                 ("pasid_bits", unit.pasid_bits.is_some()),
+                ("interrupt_remapping", unit.interrupt_remapping),
                 ("nested", unit.nested),
             ];
             if let Some((option, _)) = of_vtd.iter().find(|(_, given)| *given) {

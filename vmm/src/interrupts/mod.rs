@@ -14,6 +14,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod remapping;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
@@ -36,12 +38,15 @@ use crate::kvm::IOAPIC_PINS;
 /// KVM's own limit of routes (KVM_MAX_IRQ_ROUTES).
 const MAX_ROUTES: u32 = 4096;
 
-/// Remaps the interrupts of endpoints (VT-d 5.1). Implemented by units.
+/// Remaps the interrupts of endpoints (VT-d 5.1).
 pub trait Remapper: Send + Sync {
-    /// What `msi` from `rid` is delivered as; `None` when it is blocked, which the unit has
-    /// recorded then. Must take no lock that its caller may hold while it calls
-    /// [`Interrupts::reevaluate`].
+    /// What `msi` from `rid` is delivered as; `None` when it is blocked. Asked when a route is
+    /// made, not when an interrupt is sent, so it records nothing. Must take no lock that a caller
+    /// of [`Interrupts::reevaluate`] may hold.
     fn remap(&self, rid: Rid, msi: Msi) -> Option<Msi>;
+
+    /// `rid` has sent `msi` and it was blocked: tells the guest.
+    fn report(&self, rid: Rid, msi: Msi);
 }
 
 /// Where one GSI should lead and does.
@@ -145,23 +150,32 @@ impl Interrupts {
 
     /// Delivers one interrupt of `pin` as its route says.
     pub fn pulse_pin(&self, pin: u8) {
-        if u32::from(pin) < IOAPIC_PINS && self.state().routes.contains_key(&u32::from(pin)) {
+        let (state, gsi) = (self.state(), u32::from(pin));
+        let Some(line) = state.lines.get(&gsi).filter(|_| gsi < IOAPIC_PINS) else {
+            return;
+        };
+        if state.routes.contains_key(&gsi) {
             // Refused only where the message names no APIC: hardware would lose it, too.
-            let _ = self.vm.set_irq_line(pin.into(), true);
+            let _ = self.vm.set_irq_line(gsi, true);
+        } else if let (Some(remapper), Some(msi)) = (&line.remapper, line.wanted) {
+            remapper.report(line.rid, msi);
         }
     }
 
-    /// Asks the remappers again about every line whose source is in `which`; when this returns,
-    /// no interrupt takes an old route. One table update for all of them.
+    /// Asks the remappers again about every line that `which` picks by its source and by what the
+    /// guest programmed; when this returns, none of them takes an old route. One update of KVM's
+    /// table for all of them.
     ///
     /// # Errors
     /// The host refused; the lines concerned are disconnected then.
-    pub fn reevaluate(&self, which: &dyn Fn(Rid) -> bool) -> io::Result<()> {
+    pub fn reevaluate(&self, which: &dyn Fn(Rid, Msi) -> bool) -> io::Result<()> {
         let mut state = self.state();
         let gsis: Vec<u32> = state
             .lines
             .iter()
-            .filter(|(_, line)| line.remapper.is_some() && which(line.rid))
+            .filter(|(_, line)| {
+                line.remapper.is_some() && line.wanted.is_some_and(|msi| which(line.rid, msi))
+            })
             .map(|(gsi, _)| *gsi)
             .collect();
         self.commit(&mut state, &gsis)
@@ -344,12 +358,12 @@ struct Messages {
 
 impl MessageSink for Messages {
     fn message(&self, endpoint: Rid, msi: Msi) {
-        let remapped = match &self.remapper {
-            Some(remapper) => remapper.remap(endpoint, msi),
-            None => Some(msi),
+        let Some(remapper) = &self.remapper else {
+            return self.interrupts.send(msi);
         };
-        if let Some(msi) = remapped {
-            self.interrupts.send(msi);
+        match remapper.remap(endpoint, msi) {
+            Some(remapped) => self.interrupts.send(remapped),
+            None => remapper.report(endpoint, msi),
         }
     }
 }

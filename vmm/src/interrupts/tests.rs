@@ -54,6 +54,8 @@ impl Remapper for Unit {
             }),
         }
     }
+
+    fn report(&self, _rid: Rid, _msi: Msi) {}
 }
 
 #[test]
@@ -74,15 +76,15 @@ fn a_remapped_route_follows_its_unit_when_it_is_reevaluated() {
         state.routes.values().map(|m| m.data).collect()
     };
     unit.0.store(2, Ordering::Relaxed);
-    interrupts.reevaluate(&|rid| rid == Rid(16)).unwrap();
+    interrupts.reevaluate(&|rid, _| rid == Rid(16)).unwrap();
     assert_eq!(routes(&interrupts), [0x30, 0x40]);
-    interrupts.reevaluate(&|_| true).unwrap();
+    interrupts.reevaluate(&|_, _| true).unwrap();
     assert_eq!(routes(&interrupts), [0x32, 0x40]);
     unit.0.store(u32::MAX, Ordering::Relaxed);
-    interrupts.reevaluate(&|_| true).unwrap();
+    interrupts.reevaluate(&|_, _| true).unwrap();
     assert_eq!(routes(&interrupts), [0x40]);
     unit.0.store(1, Ordering::Relaxed);
-    interrupts.reevaluate(&|_| true).unwrap();
+    interrupts.reevaluate(&|_, _| true).unwrap();
     assert_eq!(routes(&interrupts), [0x31, 0x40]);
 }
 

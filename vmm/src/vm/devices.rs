@@ -228,18 +228,19 @@ impl Devices {
     ) -> Result<(), DeviceError> {
         for device in &config.test_devices {
             let slot = self.root.reserve(Placement::Any)?;
-            let msi = interrupts.source(slot.rid(), None);
+            let behind = Behind::new(device.iommu, device.viommu.as_deref());
+            let remapper = self.viommus.remapper(behind);
+            let msi = interrupts.source(slot.rid(), remapper.clone());
             let features = Features {
                 pasid_bits: device.pasid_bits,
                 ats: device.ats,
                 pri: device.pri,
             };
-            let behind = Behind::new(device.iommu, device.viommu.as_deref());
             let function = TestDevice::new(features, &*msi, |page_responses| {
                 let endpoint = EndpointConfig {
                     pasid_bits: device.pasid_bits,
                     page_responses: device.pri.then_some(page_responses),
-                    messages: Some(interrupts.messages(None)),
+                    messages: Some(interrupts.messages(remapper)),
                     ..EndpointConfig::default()
                 };
                 self.viommus.port(slot.rid(), behind, endpoint)
@@ -256,7 +257,7 @@ impl Devices {
         interrupts: &Arc<Interrupts>,
     ) -> Result<Rid, DeviceError> {
         let slot = self.root.reserve(Placement::Any)?;
-        let msi = interrupts.source(slot.rid(), None);
+        let msi = interrupts.source(slot.rid(), self.viommus.remapper(behind));
         let port = self
             .viommus
             .port(slot.rid(), behind, EndpointConfig::default())?;

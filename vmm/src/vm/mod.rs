@@ -176,7 +176,7 @@ fn platform<'a>(layout: &'a layout::Layout, vcpus: u8, extra: &'a [Vec<u8>]) -> 
         layout,
         pio: devices::PCI_PORTS,
         vcpus,
-        ioapic_id: 0,
+        ioapic_id: viommus::IOAPIC_ID,
         ioapic: IOAPIC,
         sleep_control: power(AcpiPower::SLEEP_CONTROL),
         sleep_status: power(AcpiPower::SLEEP_STATUS),

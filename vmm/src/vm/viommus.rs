@@ -16,14 +16,20 @@ use viommu::spec::vtd::dmar::{Dmar, Drhd, Oem, Scope};
 use viommu::virtio::viot::{self, Topology, TopologyError};
 use viommu::virtio::{self, Iommu, Snapshot};
 use viommu::vtd::{
-    self, Connections, Mode, REGISTERS_SIZE, Unit, UnitConfig, UnitState, Unsupported,
-    check_agreement,
+    self, Connections, InterruptRemapper, Mode, REGISTERS_SIZE, Unit, UnitConfig, UnitState,
+    Unsupported, check_agreement,
 };
 use viommu::{GuestRam, Rid};
 
 use crate::config::{Behind, UnitMode, ViommuConfig, ViommuKind};
-use crate::interrupts::Interrupts;
+use crate::interrupts::remapping::RemappingUnit;
+use crate::interrupts::{Interrupts, Remapper};
 use crate::memory::layout::{Layout, VTD_UNITS};
+
+/// The I/O APIC's ID, in the MADT and in the DMAR table.
+pub(super) const IOAPIC_ID: u8 = 0;
+/// The source-id of its interrupts: an address where no function is.
+const IOAPIC_SOURCE: Rid = Rid::new(0xff, 0x1f, 0);
 
 /// Why a vIOMMU, or a device behind it, cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +93,11 @@ struct Placed {
 #[derive(Clone)]
 pub(super) enum FrontEnd {
     /// A unit, and where its registers are.
-    Vtd { unit: Arc<Unit>, base: u64 },
+    Vtd {
+        unit: Arc<Unit>,
+        base: u64,
+        remapping: Option<Arc<RemappingUnit>>,
+    },
     /// A virtio-iommu, and which PCI function it is.
     Virtio {
         id: String,
@@ -164,19 +174,33 @@ impl Viommus {
         interrupts: &Arc<Interrupts>,
         mmio: &Bus,
     ) -> Result<FrontEnd, ViommuError> {
+        let remapping = config
+            .interrupt_remapping
+            .then(|| RemappingUnit::new(self.ram.clone(), interrupts));
         let unit = Unit::new(
             unit_config(config),
             Connections {
                 ram: self.ram.clone(),
                 msi: interrupts.clone(),
                 backends: vec![Arc::new(self.engine.clone())],
-                remapper: None,
+                remapper: remapping.clone().map(|r| r as Arc<dyn InterruptRemapper>),
                 pasids: None,
             },
         )?;
+        if let Some(remapping) = &remapping {
+            remapping.belongs_to(&unit);
+            // The I/O APIC is behind the first of them.
+            if self.placed.iter().all(|p| p.front.remapper().is_none()) {
+                interrupts.remap_pins(IOAPIC_SOURCE, &(remapping.clone() as Arc<dyn Remapper>));
+            }
+        }
         let base = VTD_UNITS.first + n as u64 * REGISTERS_SIZE;
         mmio.insert(base, REGISTERS_SIZE, Arc::new(Registers(unit.clone())))?;
-        Ok(FrontEnd::Vtd { unit, base })
+        Ok(FrontEnd::Vtd {
+            unit,
+            base,
+            remapping,
+        })
     }
 
     fn virtio_unit(&self, n: usize, config: &ViommuConfig) -> Result<FrontEnd, ViommuError> {
@@ -209,13 +233,8 @@ impl Viommus {
         behind: Behind<'_>,
         endpoint: EndpointConfig,
     ) -> Result<DmaPort, ViommuError> {
-        let placed = match behind {
-            Behind::Nothing => None,
-            Behind::Default => self.placed.first_mut(),
-            Behind::Named(id) => self.placed.iter_mut().find(|p| p.front.id() == id),
-        };
         // The configuration was validated: a device that names a vIOMMU finds it.
-        let Some(placed) = placed else {
+        let Some(placed) = self.find(behind).and_then(|at| self.placed.get_mut(at)) else {
             return Ok(DmaPort::direct(self.ram.clone()));
         };
         let port = self.engine.add_endpoint(rid, endpoint)?;
@@ -227,20 +246,47 @@ impl Viommus {
         Ok(port)
     }
 
+    /// Who remaps the interrupts of a device that is there.
+    pub(super) fn remapper(&self, behind: Behind<'_>) -> Option<Arc<dyn Remapper>> {
+        self.placed.get(self.find(behind)?)?.front.remapper()
+    }
+
+    fn find(&self, behind: Behind<'_>) -> Option<usize> {
+        match behind {
+            Behind::Nothing => None,
+            Behind::Default => Some(0),
+            Behind::Named(id) => self.placed.iter().position(|p| p.front.id() == id),
+        }
+    }
+
     /// Fixes what the guest sees, and tells it in ACPI tables.
     ///
     /// Each vIOMMU names its endpoints one by one: a device that it does not name is behind none.
     pub(super) fn freeze(&self) -> Result<Vec<Vec<u8>>, ViommuError> {
         let (mut units, mut topologies) = (Vec::new(), Vec::new());
+        let mut interrupt_remapping = false;
         for placed in &self.placed {
             let endpoints = placed.endpoints.iter();
             match &placed.front {
-                FrontEnd::Vtd { unit, base } => {
+                FrontEnd::Vtd {
+                    unit,
+                    base,
+                    remapping,
+                } => {
                     unit.freeze();
+                    let mut scopes: Vec<Scope> =
+                        endpoints.map(|rid| Scope::Endpoint(*rid)).collect();
+                    if remapping.is_some() && !interrupt_remapping {
+                        interrupt_remapping = true;
+                        scopes.push(Scope::Ioapic {
+                            id: IOAPIC_ID,
+                            source: IOAPIC_SOURCE,
+                        });
+                    }
                     units.push(Drhd {
                         include_pci_all: false,
                         register_base: *base,
-                        scopes: endpoints.map(|rid| Scope::Endpoint(*rid)).collect(),
+                        scopes,
                     });
                 }
                 FrontEnd::Virtio { rid, .. } => {
@@ -253,6 +299,7 @@ impl Viommus {
         if !units.is_empty() {
             let table = Dmar {
                 host_address_width: self.address_width,
+                interrupt_remapping,
                 units,
                 ..Dmar::default()
             };
@@ -275,6 +322,13 @@ impl FrontEnd {
         match self {
             Self::Vtd { unit, .. } => &unit.config().id,
             Self::Virtio { id, .. } => id,
+        }
+    }
+
+    fn remapper(&self) -> Option<Arc<dyn Remapper>> {
+        match self {
+            Self::Vtd { remapping, .. } => remapping.clone().map(|r| r as Arc<dyn Remapper>),
+            Self::Virtio { .. } => None,
         }
     }
 
@@ -312,7 +366,7 @@ fn unit_config(config: &ViommuConfig) -> UnitConfig {
         },
         address_width: config.address_width,
         pasid_bits: config.pasid_bits,
-        interrupt_remapping: false,
+        interrupt_remapping: config.interrupt_remapping,
         nested: config.nested,
         bypass: config.bypass,
     }
