@@ -562,8 +562,10 @@ impl Service {
             let port = u32::from_le_bytes([a, b, c, d]);
             let value = u16::from_le_bytes([value_low, value_high]);
             match u16::from_le_bytes([event_low, event_high]) {
-                _ if !whole || port != 0 => {}
+                _ if !whole => {}
+                // It is about the device, whatever port it names.
                 DEVICE_READY if value == 1 => self.post(PORT_ADD, 1, &[]),
+                _ if port != 0 => {}
                 PORT_READY if value == 1 => {
                     self.guest_ready = true;
                     let name = self.name.clone().unwrap_or_default();

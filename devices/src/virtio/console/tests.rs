@@ -51,7 +51,9 @@ impl Guest {
     }
 
     fn control(&mut self, event: u16, value: u16) {
-        let mut message = vec![0; 4];
+        // Linux names no port when it says that the device is ready.
+        let port: u32 = if event == DEVICE_READY { u32::MAX } else { 0 };
+        let mut message = port.to_le_bytes().to_vec();
         message.extend(event.to_le_bytes());
         message.extend(value.to_le_bytes());
         self.drivers[3].write(BUFFERS + 0x20_0000, &message);
