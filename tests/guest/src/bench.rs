@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use agent::Client;
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::harness::{Lab, Test, emulation_words, payload, process, show};
+use crate::harness::{Lab, Test, payload, process, show};
 
 /// The tests.
 pub const TESTS: &[Test] = &[
@@ -154,7 +154,6 @@ impl Vmm {
     }
 
     fn arguments(&self, command: &mut Command, kernel: &Path, rest: Option<(&Path, &Path)>) {
-        let words = format!("panic=-1{}", emulation_words());
         let kernel = kernel.display().to_string();
         if self.name == "nestling" {
             command.args(["run", "--cpus", "boot=2", "--memory", "size=512M"]);
@@ -169,7 +168,7 @@ impl Vmm {
                 command
                     .arg("--initramfs")
                     .arg(initramfs)
-                    .args(["--cmdline", &words]);
+                    .args(["--cmdline", "panic=-1"]);
                 command
                     .arg("--console")
                     .arg(format!("socket={}", socket.display()));
@@ -194,7 +193,7 @@ impl Vmm {
             command
                 .arg("-initrd")
                 .arg(initramfs)
-                .args(["-append", &words]);
+                .args(["-append", "panic=-1"]);
             command.args([
                 "-device",
                 "virtio-serial-pci",

@@ -54,7 +54,7 @@ fn sees(lab: &Lab, guest: Guest, cpus: u32, memory: u64) -> Result<()> {
         online.trim()
     );
     // What the firmware map gives as RAM, in KiB: the kernel's own share is not in MemTotal.
-    let map = guest.run("dmesg | grep 'BIOS-e820.*usable'")?;
+    let map = guest.run("dmesg | grep -E 'BIOS-e820.*(usable|System RAM)'")?;
     let usable: u64 = map.lines().filter_map(range).sum();
     let missing = (memory << 20).saturating_sub(usable);
     ensure!(

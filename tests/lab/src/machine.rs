@@ -17,7 +17,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(150);
 /// Where `target/lab` is seen inside a host.
 pub const SHARE: &str = "/lab";
 /// What the test program is told of its place there.
-pub const IN_HOST: &str = "NESTLING_LAB=/lab NESTLING_EMULATED_HOST=1";
+pub const IN_HOST: &str = "NESTLING_LAB=/lab";
 
 /// What every host is started with.
 #[derive(Clone, Debug)]
@@ -86,7 +86,9 @@ impl Hosts {
             .arg(self.lab.join("guests/host-initramfs"))
             .arg("-append")
             .arg(format!(
-                "console=ttyS0 panic=-1 loglevel=7 printk.time=1 no_timer_check tsc=reliable {}",
+                "console=ttyS0 panic=-1 loglevel=7 printk.time=1 no_timer_check \
+                 tsc=reliable tsc_early_khz={} {}",
+                tsc_khz(),
                 what.cmdline
             ))
             .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
@@ -148,6 +150,25 @@ impl Hosts {
         )?;
         Ok(host)
     }
+}
+
+/// How fast this machine's time stamp counter runs, which the emulated one copies.
+///
+/// The host's kernel would calibrate it against emulated timers, which other work on this machine
+/// disturbs; its KVM then takes the guests' TSC for one of another speed.
+fn tsc_khz() -> u64 {
+    use std::arch::x86_64::_rdtsc;
+    let (from, at) = (Instant::now(), {
+        // SAFETY: every x86-64 CPU has RDTSC, and Linux lets user space use it.
+        unsafe { _rdtsc() }
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    // SAFETY: as above.
+    let cycles = unsafe { _rdtsc() } - at;
+    cycles * 1000
+        / u64::try_from(from.elapsed().as_micros())
+            .unwrap_or(u64::MAX)
+            .max(1)
 }
 
 /// However the lab ends, its hosts end with it.

@@ -198,10 +198,9 @@ impl Guest {
             initramfs.display().to_string(),
             "--cmdline".into(),
             format!(
-                "{}{}{}",
+                "{}{}",
                 self.cmdline,
-                if self.verbose { "" } else { " loglevel=5" },
-                emulation_words()
+                if self.verbose { "" } else { " loglevel=5" }
             ),
         ])
     }
@@ -435,17 +434,6 @@ impl Drop for Machine {
         }
         let _ = fs::copy(&self.console, self.kept.with_extension("console.log"));
         let _ = fs::copy(&self.said, self.kept.with_extension("nestling.log"));
-    }
-}
-
-/// What a guest's kernel must be told where its host is emulated. QEMU's TSC runs on in a guest of
-/// the emulated host as it does on the host itself, so that a deadline written to the local APIC
-/// is later than meant by the host's whole uptime, and the watchdog of clocks finds the TSC wrong.
-/// QEMU as the VMM on that host suffers in the same way.
-pub fn emulation_words() -> &'static str {
-    match std::env::var_os("NESTLING_EMULATED_HOST") {
-        Some(_) => " lapic=notscdeadline tsc=nowatchdog",
-        None => "",
     }
 }
 

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-pub use guest::{Ended, Guest, Machine, emulation_words};
+pub use guest::{Ended, Guest, Machine};
 
 /// A guest test: a function that fails with the reason.
 #[derive(Clone, Copy, Debug)]
