@@ -200,6 +200,9 @@ options! {
         pub nested: bool = false;
         /// Until the guest turns translation on, let DMA pass unchanged, not be blocked.
         pub bypass: bool = false;
+        /// Offer virtual commands, by which the guest gets PASIDs that no other VM of the host
+        /// has. Linux up to 6.3 uses them.
+        pub vcmd: bool = false;
     }
 }
 
@@ -222,5 +225,11 @@ options! {
         pub on_reboot: OnReboot = OnReboot::Restart;
         /// A port that ends nestling with a status of the guest's choice, for tests.
         pub debug_exit: bool = false;
+        /// The VM's name, as other users of the host see it (nestling pasids).
+        pub name: String = "nestling".into();
+        /// Where the VMs of the host keep the file by which they share PASIDs (vcmd=on).
+        pub pasid_directory: PathBuf = viommu::pasid::DEFAULT_DIRECTORY.into();
+        /// How many PASIDs of the host the VM may own (vcmd=on).
+        pub pasid_quota: u32 = viommu::pasid::Config::DEFAULT_QUOTA;
     }
 }

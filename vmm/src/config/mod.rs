@@ -381,6 +381,7 @@ impl VmConfig {
                 ("pasid_bits", unit.pasid_bits.is_some()),
                 ("interrupt_remapping", unit.interrupt_remapping),
                 ("nested", unit.nested),
+                ("vcmd", unit.vcmd),
             ];
             if let Some((option, _)) = of_vtd.iter().find(|(_, given)| *given) {
                 return Err(ConfigError(format!(
@@ -388,6 +389,14 @@ impl VmConfig {
                     unit.id
                 )));
             }
+        }
+        let no_pasids =
+            |unit: &&ViommuConfig| unit.mode == UnitMode::Legacy || unit.pasid_bits == Some(0);
+        if let Some(unit) = self.viommus.iter().filter(|unit| unit.vcmd).find(no_pasids) {
+            return Err(ConfigError(format!(
+                "viommu id={} has vcmd=on but no PASIDs; leave out mode=legacy and pasid_bits=0, or vcmd",
+                unit.id
+            )));
         }
         for behind in self.behind() {
             if let Behind::Named(id) = behind

@@ -141,7 +141,14 @@ impl Devices {
             pio.clone(),
             interrupts.clone(),
         );
-        let viommus = Viommus::new(&config.viommus, layout, ram, interrupts, &mmio)?;
+        let viommus = Viommus::new(
+            &config.viommus,
+            &config.platform,
+            layout,
+            ram,
+            interrupts,
+            &mmio,
+        )?;
         let mut devices = Self {
             viommus,
             power_button: ioapic.line(POWER_BUTTON_PIN),

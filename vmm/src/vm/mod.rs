@@ -7,6 +7,7 @@
 mod buses;
 mod devices;
 mod event_loop;
+mod pasids;
 mod terminal_io;
 mod viommus;
 

@@ -11,6 +11,7 @@ use serde::Serialize;
 use viommu::backend::software::{Config, EndpointConfig, Engine};
 use viommu::backend::{Backend, Refused};
 use viommu::dma::DmaPort;
+use viommu::pasid;
 use viommu::reserved::Regions;
 use viommu::spec::vtd::dmar::{Dmar, Drhd, Oem, Scope};
 use viommu::virtio::viot::{self, Topology, TopologyError};
@@ -21,7 +22,8 @@ use viommu::vtd::{
 };
 use viommu::{GuestRam, Rid};
 
-use crate::config::{Behind, UnitMode, ViommuConfig, ViommuKind};
+use super::pasids::VmPasids;
+use crate::config::{Behind, PlatformConfig, UnitMode, ViommuConfig, ViommuKind};
 use crate::interrupts::remapping::RemappingUnit;
 use crate::interrupts::{Interrupts, Remapper};
 use crate::memory::layout::{Layout, VTD_UNITS};
@@ -55,6 +57,14 @@ pub enum ViommuError {
     /// A register page is taken.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// The host has no PASIDs for the VM.
+    #[error(transparent)]
+    Pasids(#[from] pasid::Error),
+    /// A device that came to a unit has taken its PASIDs away.
+    #[error(
+        "vIOMMU {0} has vcmd=on, but not every device behind it has PASIDs; put the others behind another vIOMMU, or leave vcmd out"
+    )]
+    NoPasids(String),
 }
 
 impl From<Unsupported> for ViommuError {
@@ -81,12 +91,15 @@ pub(super) struct Viommus {
     engine: Engine,
     placed: Vec<Placed>,
     address_width: u8,
+    pasids: Arc<VmPasids>,
 }
 
 /// A vIOMMU and its place in the guest.
 struct Placed {
     front: FrontEnd,
     endpoints: Vec<Rid>,
+    /// The guest may have PASIDs of the host from it.
+    vcmd: bool,
 }
 
 /// What the guest sees of a vIOMMU.
@@ -134,6 +147,7 @@ impl Viommus {
     /// are put on the PCI bus by [`functions`](Self::functions).
     pub(super) fn new(
         configs: &[ViommuConfig],
+        platform: &PlatformConfig,
         layout: &Layout,
         ram: &GuestRam,
         interrupts: &Arc<Interrupts>,
@@ -153,6 +167,7 @@ impl Viommus {
             engine,
             placed: Vec::with_capacity(configs.len()),
             address_width: layout.address_width,
+            pasids: Arc::new(VmPasids::new(platform)),
         };
         for (n, config) in configs.iter().enumerate() {
             let front = match config.kind {
@@ -162,6 +177,7 @@ impl Viommus {
             viommus.placed.push(Placed {
                 front,
                 endpoints: Vec::new(),
+                vcmd: config.vcmd,
             });
         }
         Ok(viommus)
@@ -184,7 +200,7 @@ impl Viommus {
                 msi: interrupts.clone(),
                 backends: vec![Arc::new(self.engine.clone())],
                 remapper: remapping.clone().map(|r| r as Arc<dyn InterruptRemapper>),
-                pasids: None,
+                pasids: config.vcmd.then(|| self.pasids.clone() as _),
             },
         )?;
         if let Some(remapping) = &remapping {
@@ -237,6 +253,7 @@ impl Viommus {
         let Some(placed) = self.find(behind).and_then(|at| self.placed.get_mut(at)) else {
             return Ok(DmaPort::direct(self.ram.clone()));
         };
+        self.pasids.limit(endpoint.pasid_bits);
         let port = self.engine.add_endpoint(rid, endpoint)?;
         if let Err(why) = placed.front.add(rid, Arc::new(self.engine.clone())) {
             self.engine.remove_endpoint(rid);
@@ -265,6 +282,7 @@ impl Viommus {
     pub(super) fn freeze(&self) -> Result<Vec<Vec<u8>>, ViommuError> {
         let (mut units, mut topologies) = (Vec::new(), Vec::new());
         let mut interrupt_remapping = false;
+        let mut pasid_bits = None;
         for placed in &self.placed {
             let endpoints = placed.endpoints.iter();
             match &placed.front {
@@ -273,7 +291,14 @@ impl Viommus {
                     base,
                     remapping,
                 } => {
-                    unit.freeze();
+                    let offer = unit.freeze();
+                    if placed.vcmd {
+                        if !offer.ecap.vcs() {
+                            return Err(ViommuError::NoPasids(unit.config().id.clone()));
+                        }
+                        let bits = offer.pasid_bits();
+                        pasid_bits = Some(pasid_bits.unwrap_or(bits).min(bits));
+                    }
                     let mut scopes: Vec<Scope> =
                         endpoints.map(|rid| Scope::Endpoint(*rid)).collect();
                     if remapping.is_some() && !interrupt_remapping {
@@ -294,6 +319,9 @@ impl Viommus {
                     topologies.push(Topology::new(*rid, &ranges)?);
                 }
             }
+        }
+        if let Some(bits) = pasid_bits {
+            self.pasids.open(bits)?;
         }
         let mut tables = Vec::new();
         if !units.is_empty() {

@@ -1,0 +1,113 @@
+//! The host's PASIDs, for the virtual commands of a VM's VT-d units (`vcmd=on`).
+//!
+//! The units are made before it is known how narrow their narrowest device is, and the host is
+//! asked once it is: still before the first vCPU runs, so that a host that has no PASID for this
+//! VM refuses it, and no guest ever finds virtual commands that cannot work.
+
+#![forbid(unsafe_code)]
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use viommu::Pasid;
+use viommu::pasid::{Config, Error, HostPasids, PasidAllocator};
+
+use crate::config::PlatformConfig;
+
+/// All units of a VM share one.
+#[derive(Debug)]
+pub(super) struct VmPasids {
+    platform: PlatformConfig,
+    /// Bits of PASID of the narrowest device that has any.
+    bits: AtomicU8,
+    host: OnceLock<HostPasids>,
+}
+
+impl VmPasids {
+    /// The host is not asked yet.
+    pub(super) fn new(platform: &PlatformConfig) -> Self {
+        Self {
+            platform: platform.clone(),
+            bits: AtomicU8::new(Pasid::BITS),
+            host: OnceLock::new(),
+        }
+    }
+
+    /// A device has `bits` bits of PASID; 0: it uses none.
+    pub(super) fn limit(&self, bits: u8) {
+        if bits > 0 {
+            self.bits.fetch_min(bits, Ordering::Relaxed);
+        }
+    }
+
+    /// Asks the host, for PASIDs that every device and every unit (`bits`) can use.
+    pub(super) fn open(&self, bits: u8) -> Result<(), Error> {
+        self.limit(bits);
+        let config = Config {
+            quota: self.platform.pasid_quota,
+            ..Config::new(&self.platform.name, self.bits.load(Ordering::Relaxed))
+        };
+        let host = HostPasids::open(&self.platform.pasid_directory, config)?;
+        // Opened once; were it not, the first stays and this one's PASIDs are free again.
+        self.host.get_or_init(|| host);
+        Ok(())
+    }
+
+    fn host(&self) -> Result<&HostPasids, Error> {
+        // Nobody runs who could ask before the host was.
+        self.host.get().ok_or(Error::Quota { quota: 0 })
+    }
+}
+
+impl PasidAllocator for VmPasids {
+    fn allocate(&self) -> Result<Pasid, Error> {
+        self.host()?.allocate()
+    }
+
+    fn free(&self, pasid: Pasid) -> Result<(), Error> {
+        self.host()?.free(pasid)
+    }
+
+    fn free_all(&self) {
+        if let Ok(host) = self.host() {
+            host.free_all();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_without_the_directory_is_refused_before_it_starts() {
+        let platform = PlatformConfig {
+            pasid_directory: "/no/such".into(),
+            ..PlatformConfig::default()
+        };
+        let pasids = VmPasids::new(&platform);
+        assert!(matches!(pasids.open(20), Err(Error::NoDirectory(_))));
+        assert!(pasids.allocate().is_err());
+    }
+
+    #[test]
+    fn pasids_fit_the_narrowest_device_and_the_quota() {
+        let directory = std::env::temp_dir().join(format!("vm-pasids-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let platform = PlatformConfig {
+            pasid_directory: directory.clone(),
+            pasid_quota: 5,
+            ..PlatformConfig::default()
+        };
+        let pasids = VmPasids::new(&platform);
+        for bits in [20, 0, 8] {
+            pasids.limit(bits);
+        }
+        pasids.open(16).unwrap();
+        let got: Vec<_> = std::iter::from_fn(|| pasids.allocate().ok()).collect();
+        assert_eq!(got.len(), 5);
+        assert!(got.iter().all(|pasid| (1..256).contains(&pasid.0)));
+        drop(pasids);
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+}
