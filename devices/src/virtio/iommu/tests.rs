@@ -521,3 +521,65 @@ fn nothing_is_left_when_the_unit_goes() {
     drop(bench);
     assert_eq!(engine.objects(), Objects::default());
 }
+
+/// Requests from two vCPUs, DMA that faults, plugging and `bypass` at once: nothing waits for
+/// itself, what was unmapped is out of reach when the reply is there, and nothing is left.
+#[test]
+fn everything_at_once_comes_to_an_end() {
+    let mut bench = Bench::new();
+    bench.offer_events(&[24; 8]);
+    assert_eq!(bench.send(&[attach()]), [0]);
+    let other = Rid::new(0, 7, 0);
+    let _port = bench
+        .engine
+        .add_endpoint(other, EndpointConfig::default())
+        .unwrap();
+    let bench = &bench;
+    let done = &AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let requests = [0x10_0000u64, 0x20_0000].map(|base| {
+            scope.spawn(move || {
+                let process = |request: &[u8]| bench.unit.process(request, 4).status();
+                for n in 0..1000 {
+                    let first = base + n % 8 * 0x1000;
+                    let status = process(&map(first, first + 0xfff, DATA, 3));
+                    assert_eq!(status, Some(0));
+                    assert_eq!(process(&unmap(first, first + 0xfff)), Some(0));
+                    let late = bench
+                        .port
+                        .clone()
+                        .access()
+                        .read_obj::<u8>(GuestAddress(first));
+                    assert!(late.is_err(), "{first:#x} is reached after its UNMAP");
+                }
+            })
+        });
+        for address in [0x10_0000u64, 0x20_3000, 0x30_0000] {
+            let port = bench.port.clone();
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    let _ = port.access().read_obj::<u64>(GuestAddress(address));
+                }
+            });
+        }
+        scope.spawn(move || {
+            while !done.load(Ordering::Relaxed) {
+                let backend = bench.engine.clone();
+                bench
+                    .unit
+                    .add_endpoint(other, backend, Regions::new())
+                    .unwrap();
+                bench.unit.write_config(36, &[1]);
+                bench.device.notify(1);
+                bench.unit.write_config(36, &[0]);
+                bench.unit.remove_endpoint(other);
+                let _ = bench.unit.snapshot();
+            }
+        });
+        let results = requests.map(|thread| thread.join());
+        done.store(true, Ordering::Relaxed);
+        results.into_iter().for_each(|result| result.unwrap());
+    });
+    assert_eq!(bench.engine.objects().mappings, 0);
+    assert_eq!(bench.unit.snapshot().endpoints.len(), 1);
+}
