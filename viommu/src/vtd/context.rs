@@ -182,10 +182,6 @@ fn scalable(
     if reserved {
         return Err(fault(FaultReason::ScalableContextReserved));
     }
-    // Page requests without a device TLB make no sense and PRE cannot be obeyed.
-    if low.pre() && !low.dte() {
-        return Err(fault(FaultReason::ScalableContextInvalid));
-    }
     if high.rid_pasid() >= low.pasids() {
         return Err(fault(FaultReason::RidPasidInvalid));
     }

@@ -66,6 +66,8 @@ pub(super) struct Surroundings<'u> {
 #[derive(Debug, Default)]
 pub(super) struct Invalidations {
     completions: Vec<Completion>,
+    /// A page of the queue.
+    buffer: Vec<u8>,
     drain: bool,
     pub(super) counts: QueueCounts,
 }
@@ -84,7 +86,10 @@ impl Invalidations {
         around: &Surroundings,
         interrupts: &mut Vec<Msi>,
     ) -> Result<(), QueueError> {
-        let result = self.walk(registers, targets, around);
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(CHUNK, 0);
+        let result = self.walk(registers, targets, around, &mut buffer);
+        self.buffer = buffer;
         self.counts.errors += u64::from(result.is_err());
         targets.finish(around.view);
         self.complete(around, registers, interrupts);
@@ -96,6 +101,7 @@ impl Invalidations {
         registers: &mut Registers,
         targets: &mut Targets,
         around: &Surroundings,
+        buffer: &mut [u8],
     ) -> Result<(), QueueError> {
         let offer = around.view.offer;
         let iqa = registers.iqa();
@@ -126,7 +132,6 @@ impl Invalidations {
             return Err(QueueError::Alignment);
         }
         let offered = offer.descriptors();
-        let mut buffer = [0u8; CHUNK];
         while registers.head != tail {
             let length = CHUNK.min(ring.contiguous(registers.head, tail) as usize);
             let at = ring.address(registers.head).ok_or(QueueError::Fetch)?;

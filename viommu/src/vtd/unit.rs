@@ -14,10 +14,11 @@ use super::pasid;
 use super::registers::{Action, GlobalChange, Registers};
 use super::remap::{InterruptRemapper, Remapping, RemappingTable};
 use super::state::{EndpointState, UnitState};
-use super::targets::{Targets, View, mode};
+use super::targets::{Targets, View};
 use super::vcmd::{VcmdWrite, VirtualCommands};
 use crate::backend::{
     Backend, EventSink, Fault, FaultCause, PageRequest, PageResponse, Refused, ResponseCode, Scope,
+    Translation,
 };
 use crate::interrupt::{Msi, MsiSink};
 use crate::pasid::PasidAllocator;
@@ -190,8 +191,8 @@ impl Unit {
         &self.config
     }
 
-    /// What the guest sees, from now on for ever. The first access of the guest does this too;
-    /// calling it before the first vCPU runs makes it certain.
+    /// What the guest sees, from now on for ever. The first access that could show it does this
+    /// too; calling it before the first vCPU runs makes it certain.
     pub fn freeze(&self) -> &Offer {
         self.frozen.get_or_init(|| lock(&self.commands).offer)
     }
@@ -706,11 +707,7 @@ impl EventSink for Unit {
             }
             (_, Ok(entry)) => fault::reason(root.mode(), entry.translation, &fault),
             // The tables changed while the access was under way: as they were then.
-            (_, Err(_)) => fault::reason(
-                mode(Some(root)),
-                crate::backend::Translation::Blocked,
-                &fault,
-            ),
+            (_, Err(_)) => fault::reason(root.mode(), Translation::Blocked, &fault),
         };
         if fpd && reason.is_qualified() {
             return;

@@ -17,7 +17,7 @@ use super::context::{Entry, Problem, ScalableContext};
 use super::fault::Recorded;
 use crate::backend::{Backend, Invalidation, Translation};
 use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::registers::{Rtaddr, TranslationTableMode};
+use crate::spec::vtd::registers::Rtaddr;
 use crate::{Iova, Pasid, Rid, Target};
 
 /// How many PASIDs of all endpoints of a unit can be live. What the guest has beyond is Blocked.
@@ -554,6 +554,7 @@ const fn stages(translation: Translation) -> Stages {
 }
 
 /// Entries that are not present are how the guest says "nothing": no error until something asks.
+/// So is a PASID that another endpoint's directory has room for.
 const fn is_absent(reason: FaultReason) -> bool {
     matches!(
         reason,
@@ -563,6 +564,7 @@ const fn is_absent(reason: FaultReason) -> bool {
             | FaultReason::ScalableContextNotPresent
             | FaultReason::PasidDirectoryNotPresent
             | FaultReason::PasidEntryNotPresent
+            | FaultReason::PasidBeyondDirectory
     )
 }
 
@@ -576,9 +578,4 @@ const fn at_entry(target: Target, reason: FaultReason) -> Recorded {
         privileged: false,
         reason,
     }
-}
-
-/// The mode that `root` names, legacy when there is none.
-pub(super) fn mode(root: Option<Rtaddr>) -> TranslationTableMode {
-    root.map_or(TranslationTableMode::Legacy, Rtaddr::mode)
 }

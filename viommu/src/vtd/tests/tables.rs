@@ -124,8 +124,6 @@ fn every_scalable_check_has_its_reason() {
         guest.set_context(NIC, words);
         assert_blocked(&mut guest, nic, R::ScalableContextReserved);
     }
-    guest.set_context(NIC, [0x11, 0, 0, 0]);
-    assert_blocked(&mut guest, nic, R::ScalableContextInvalid);
     guest.set_context(NIC, [1, 1 << 13, 0, 0]);
     assert_blocked(&mut guest, nic, R::RidPasidInvalid);
     guest.set_context(NIC, [RAM | 9, 0, 0, 0]);
@@ -360,6 +358,25 @@ fn a_wrong_entry_is_told_once_and_a_missing_one_only_when_it_is_used() {
         guest.faults(),
         [(NIC.0, R::PasidEntryReserved.code(), 0, Some(5))]
     );
+}
+
+#[test]
+fn a_pasid_that_only_another_endpoint_has_room_for_is_no_fault_of_this_one() {
+    let mut guest = Guest::scalable();
+    let large = Rid::new(0, 4, 0);
+    guest
+        .unit
+        .add_endpoint(large, guest.backend.clone())
+        .unwrap();
+    guest.context(NIC);
+    let directory = 0x80_0000;
+    guest.set_context(large, [directory | 7 << 9 | 9, 0, 0, 0]);
+    assert!(guest.submit(&[context_device(large)]));
+    guest.bind(directory, 0xf_ffff, pass_through(1));
+    let last = Target::pasid(large, Pasid::MAX);
+    assert_eq!(guest.backend.translation(last), Translation::Identity);
+    assert_eq!(guest.faults(), []);
+    assert_eq!(guest.unit.state().live_targets, 1);
 }
 
 #[test]
