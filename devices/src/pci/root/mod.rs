@@ -2,6 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+mod bridge;
+mod ports;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::RangeInclusive;
@@ -11,11 +14,13 @@ use arc_swap::ArcSwap;
 use thiserror::Error;
 use viommu::Rid;
 
+pub use self::ports::{ConfigPorts, Ecam};
+
+use self::bridge::HostBridge;
 use crate::bus::{Bus, BusDevice};
-use crate::legacy::PowerEvents;
 use crate::limit::warn_limited;
 use crate::pci::bar::{Bar, BarKind};
-use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::config::CONFIG_SIZE;
 use crate::pci::function::{Decoded, Effect, IoEvent, PciFunction, Space};
 
 /// Where the functions of a root complex may be decoded. The guest's ACPI tables say the same.
@@ -255,7 +260,7 @@ impl PciRoot {
         let mut at = offset;
         for piece in pieces(offset, data.len()) {
             let part = &mut data[piece];
-            if usize::from(at) + part.len() > crate::pci::config::CONFIG_SIZE {
+            if usize::from(at) + part.len() > CONFIG_SIZE {
                 part.fill(0xff);
             } else {
                 here.function.config_read(at, part);
@@ -288,7 +293,7 @@ impl PciRoot {
             let mut at = offset;
             for piece in pieces(offset, data.len()) {
                 let part = &data[piece];
-                if usize::from(at) + part.len() <= crate::pci::config::CONFIG_SIZE {
+                if usize::from(at) + part.len() <= CONFIG_SIZE {
                     effect.decode |= here.function.config_write(at, part).decode;
                 }
                 at = at.saturating_add(part.len() as u16);
@@ -512,158 +517,6 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.root.state().reserved.remove(&self.rid);
-    }
-}
-
-/// The host bridge, 00:00.0: there so that the bus has one, as on every PC.
-struct HostBridge(Mutex<ConfigSpace>);
-
-impl HostBridge {
-    fn new() -> Self {
-        Self(Mutex::new(ConfigSpace::new(Identity {
-            // Red Hat's generic PCI Express host bridge: no guest has quirks for it.
-            vendor: 0x1b36,
-            device: 0x0008,
-            class: 0x06_00_00,
-            subsystem_vendor: 0x1af4,
-            subsystem: 0x1100,
-            ..Identity::default()
-        })))
-    }
-
-    fn config(&self) -> MutexGuard<'_, ConfigSpace> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl PciFunction for HostBridge {
-    fn config_read(&self, offset: u16, data: &mut [u8]) {
-        self.config().read(offset, data);
-    }
-
-    fn config_write(&self, offset: u16, data: &[u8]) -> Effect {
-        self.config().write(offset, data)
-    }
-
-    fn decoded(&self) -> Vec<Decoded> {
-        Vec::new()
-    }
-
-    fn bars(&self) -> Vec<(Bar, u64)> {
-        Vec::new()
-    }
-
-    fn assign_bar(&self, _bar: u8, _address: u64) {}
-
-    fn bar_read(&self, _bar: u8, _offset: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn bar_write(&self, _bar: u8, _offset: u64, _data: &[u8]) -> Effect {
-        Effect::default()
-    }
-
-    fn reset(&self) -> Effect {
-        let fresh = Self::new();
-        *self.config() = fresh.config().clone();
-        Effect::default()
-    }
-}
-
-/// The memory-mapped front end of configuration space (ECAM, 7.2.2): 1 MiB per bus, 4 KiB per
-/// function. Bus numbers start at 0.
-pub struct Ecam(pub Arc<PciRoot>);
-
-impl Ecam {
-    /// Bytes that an ECAM of `buses` buses takes on the MMIO bus.
-    pub const fn length(buses: u16) -> u64 {
-        (buses as u64) << 20
-    }
-
-    fn locate(offset: u64) -> (Rid, u16) {
-        (Rid((offset >> 12) as u16), offset as u16 & 0xfff)
-    }
-}
-
-impl BusDevice for Ecam {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let (rid, offset) = Self::locate(offset);
-        self.0.config_read(rid, offset, data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        let (rid, offset) = Self::locate(offset);
-        self.0.config_write(rid, offset, data);
-    }
-}
-
-/// The port I/O front end of the first 256 bytes (PCI Local Bus 3.0, 3.2.2.3.2): put it on the
-/// port I/O bus at [`ConfigPorts::BASE`]. Port 0xcf9 among them is the reset control register.
-pub struct ConfigPorts {
-    root: Arc<PciRoot>,
-    power: Arc<dyn PowerEvents>,
-    address: Mutex<u32>,
-}
-
-impl ConfigPorts {
-    /// CONFIG_ADDRESS.
-    pub const BASE: u64 = 0xcf8;
-    /// CONFIG_ADDRESS and CONFIG_DATA, four bytes each.
-    pub const LENGTH: u64 = 8;
-    /// Reset control register, as an offset from [`BASE`](Self::BASE).
-    const RESET_CONTROL: u64 = 1;
-    const DATA: u64 = 4;
-
-    /// The ports of `root`; a write to 0xcf9 that asks for a reset goes to `power`.
-    pub fn new(root: Arc<PciRoot>, power: Arc<dyn PowerEvents>) -> Self {
-        Self {
-            root,
-            power,
-            address: Mutex::new(0),
-        }
-    }
-
-    fn address(&self) -> MutexGuard<'_, u32> {
-        self.address.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The function and register that CONFIG_ADDRESS selects; `None` while bit 31 is clear.
-    fn selected(&self, offset: u64) -> Option<(Rid, u16)> {
-        let address = *self.address();
-        let register = (address as u16 & 0xfc) + (offset - Self::DATA) as u16;
-        (address >> 31 == 1).then_some((Rid((address >> 8) as u16), register))
-    }
-}
-
-impl BusDevice for ConfigPorts {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        if offset >= Self::DATA {
-            match self.selected(offset) {
-                Some((rid, register)) => self.root.config_read(rid, register, data),
-                None => data.fill(0xff),
-            }
-        } else if offset == 0 && data.len() == 4 {
-            data.copy_from_slice(&self.address().to_le_bytes());
-        } else if offset == Self::RESET_CONTROL && data.len() == 1 {
-            data.fill(0);
-        } else {
-            data.fill(0xff);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        if offset >= Self::DATA {
-            if let Some((rid, register)) = self.selected(offset) {
-                self.root.config_write(rid, register, data);
-            }
-        } else if offset == 0
-            && let Ok(address) = <[u8; 4]>::try_from(data)
-        {
-            // Bits 30:24 and 1:0 are reserved and read as 0.
-            *self.address() = u32::from_le_bytes(address) & 0x80ff_fffc;
-        } else if offset == Self::RESET_CONTROL && data.len() == 1 && data[0] & 1 << 2 != 0 {
-            self.power.reset();
-        }
     }
 }
 

@@ -5,6 +5,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::legacy::power::tests::Wishes;
+use crate::pci::config::{ConfigSpace, Identity};
 
 const MMIO32: u64 = 0xc000_0000;
 const MMIO64: u64 = 0x10_0000_0000;

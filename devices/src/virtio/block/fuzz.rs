@@ -1,8 +1,11 @@
 //! The fuzz harness of the disk.
 
+use std::os::unix::fs::FileExt;
+
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
+use crate::virtio::buffers;
 use crate::virtio::fuzz::Attack;
 
 const SECTORS: usize = 16;

@@ -1,7 +1,13 @@
 //! The disk as its driver sees it, against a model of what a disk is.
 
 use proptest::prelude::*;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP};
+use std::os::unix::fs::FileExt;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
