@@ -372,3 +372,15 @@ pub fn reuse(address: &str) -> Result<()> {
     ));
     Ok(())
 }
+
+/// Binds this process and stays until it is killed.
+///
+/// # Errors
+/// It cannot be bound.
+pub fn hold(address: &str) -> Result<()> {
+    let bound = Bound::new(address)?;
+    holds(&format!("this process has PASID {}", bound.pasid()));
+    loop {
+        std::thread::park();
+    }
+}

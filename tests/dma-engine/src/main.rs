@@ -36,6 +36,7 @@ fn run(words: &[&str]) -> Result<()> {
         }
         ["unmap", address] => checks::unmap(address),
         ["reuse", address] => checks::reuse(address),
-        _ => bail!("usage: dma-engine blocked|vfio|pasid|sva|unmap|reuse ADDRESS [PROCESSES]"),
+        ["hold", address] => checks::hold(address),
+        _ => bail!("usage: dma-engine blocked|vfio|pasid|sva|unmap|reuse|hold ADDRESS [PROCESSES]"),
     }
 }

@@ -7,6 +7,7 @@ pub mod boot;
 pub mod demo;
 pub mod disk;
 pub mod ending;
+pub mod engine;
 pub mod harness;
 pub mod memory;
 pub mod net;
@@ -26,6 +27,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("demo", demo::TESTS),
     ("disk", disk::TESTS),
     ("ending", ending::TESTS),
+    ("engine", engine::TESTS),
     ("memory", memory::TESTS),
     ("net", net::TESTS),
     ("pci", pci::TESTS),

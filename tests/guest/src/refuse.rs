@@ -93,6 +93,18 @@ fn table(lab: &Lab) -> Result<()> {
             &["--memory", "size=4G,hugepages=on"],
             &["huge"],
         ),
+        with(
+            "virtual commands without the host's PASID file",
+            &[
+                "--viommu",
+                "type=vtd,vcmd=on",
+                "--test-device",
+                "iommu=on",
+                "--platform",
+                "pasid_directory=/nowhere/pasids",
+            ],
+            &["/nowhere/pasids", "create"],
+        ),
         with("no vCPU", &["--cpus", "boot=0"], &["boot=0"]),
         with("too many vCPUs", &["--cpus", "boot=65"], &["65"]),
         with(
