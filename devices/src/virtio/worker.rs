@@ -73,8 +73,9 @@ impl Workers {
             .filter(char::is_ascii_graphic)
             .take(15)
             .collect();
-        let thread = thread::Builder::new().name(name).spawn(|| {
-            let _counted = Counted::new();
+        let counted = Counted::new();
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            let _counted = counted;
             body();
         })?;
         self.threads.push(thread);
