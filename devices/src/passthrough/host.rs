@@ -11,6 +11,7 @@ use viommu::backend::iommufd::hwinfo::HwInfo;
 use viommu::backend::iommufd::kernel::Linux;
 use viommu::backend::iommufd::{Device, HostIommu, Unfit};
 use viommu::backend::{Backend, Capabilities, EventSink, Fault, PageRequest, Refused, Translation};
+use viommu::reserved::{Kind, Regions};
 use viommu::{GuestRam, Rid, Target};
 
 use super::config::{Offer, OfferedPasid, SIZE, has_page_requests};
@@ -53,6 +54,33 @@ pub enum HostError {
 pub struct PassthroughHost {
     kernel: Arc<Linux>,
     backend: Arc<HostIommu>,
+}
+
+/// The addresses that the DMA of the host's device at `sysfs` cannot use: what guest
+/// RAM and other devices' memory must be laid out around, known before the device is opened.
+///
+/// Relaxable regions of the firmware are left out: the kernel gives them up with the device.
+///
+/// # Errors
+/// It stands behind no IOMMU.
+pub fn reserved_regions(sysfs: &Path) -> io::Result<Regions> {
+    let text = std::fs::read_to_string(sysfs.join("iommu_group/reserved_regions"))?;
+    let number = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+    let line = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (first, last) = (number(words.next()?)?, number(words.next()?)?);
+        let kind = match words.next()? {
+            "msi" => Kind::Msi,
+            "direct-relaxable" => return None,
+            _ => Kind::Reserved,
+        };
+        Some((first, last, kind))
+    };
+    let mut regions = Regions::new();
+    for (first, last, kind) in text.lines().filter_map(line) {
+        regions.insert(first, last, kind);
+    }
+    Ok(regions)
 }
 
 /// What stands between a device and guest memory.
@@ -214,5 +242,35 @@ impl EventSink for NoFrontEnd {
     fn page_request(&self, request: PageRequest) {
         // Its table is the kernel's, which has no page requests.
         log::debug!("{request:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn reserved_regions_are_read_before_a_device_is_opened() {
+        let dir = TempDir::new().unwrap();
+        assert!(reserved_regions(dir.as_path()).is_err());
+        std::fs::create_dir(dir.as_path().join("iommu_group")).unwrap();
+        std::fs::write(
+            dir.as_path().join("iommu_group/reserved_regions"),
+            "0x0000000000000000 0x0000000000ffffff direct-relaxable\n\
+             0x00000000fee00000 0x00000000feefffff msi\nnonsense\n\
+             0x000000fd00000000 0x000000ffffffffff reserved\n",
+        )
+        .unwrap();
+        let regions = reserved_regions(dir.as_path()).unwrap();
+        let found = regions
+            .iter()
+            .map(|region| (region.first, region.last, region.kind));
+        let expected = [
+            (0xfee0_0000, 0xfeef_ffff, Kind::Msi),
+            (0xfd_0000_0000, 0xff_ffff_ffff, Kind::Reserved),
+        ];
+        assert_eq!(found.collect::<Vec<_>>(), expected);
     }
 }

@@ -9,5 +9,5 @@ mod line;
 pub mod vfio;
 
 pub use function::{Connections, DirectMemory, PeerMemory, VfioPci};
-pub use host::{Admitted, Before, HostError, PassthroughHost};
+pub use host::{Admitted, Before, HostError, PassthroughHost, reserved_regions};
 pub use legacy::{LegacyContainer, LegacyError};

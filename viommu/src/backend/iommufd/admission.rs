@@ -12,6 +12,7 @@ use super::hwinfo::{self, HwInfo, HwModel};
 use super::object::{FaultQueue, Hwpt, Paging};
 use crate::Rid;
 use crate::backend::Capabilities;
+use crate::reserved::{Kind, Region, Regions, X86_MSI};
 
 /// Why a device or its memory cannot be used. Found before the guest starts, or at hot-plug.
 #[derive(Debug, thiserror::Error)]
@@ -42,13 +43,8 @@ pub enum Unfit {
     )]
     ReservedByDevice(Rid),
     /// Device memory was to go where a device has a reserved region.
-    #[error("addresses {first:#x} to {last:#x} are reserved by a device; place the BAR elsewhere")]
-    Reserved {
-        /// First address of the region.
-        first: u64,
-        /// Last address of the region.
-        last: u64,
-    },
+    #[error("{0} is kept by a device; place the BAR elsewhere")]
+    Reserved(Region),
     /// The device is there already.
     #[error("endpoint {0} has a device already; remove it first")]
     Known(Rid),
@@ -113,7 +109,7 @@ impl HostIommu {
             .map_err(|e| Unfit::host("VFIO_DEVICE_DETACH_IOMMUFD_PT", rid.to_string(), e))?;
         let usable =
             usable.map_err(|e| Unfit::host("IOMMU_IOAS_IOVA_RANGES", rid.to_string(), e))?;
-        let width = address_width(&info, &usable);
+        let width = address_width(&info, &usable, parent.kind());
 
         let mut capabilities = hwinfo::capabilities(&info.model, width);
         if !parent.kind().nest_parent {
@@ -141,7 +137,11 @@ impl HostIommu {
         if page_requests {
             self.start_page_requests()?;
         }
-        self.memory.reserve(&holes(&usable, width));
+        let mut reserved = Regions::outside(&usable);
+        reserved.insert(X86_MSI.first, X86_MSI.last, X86_MSI.kind);
+        // And what no address of this device reaches.
+        reserved.insert(1 << width, u64::MAX, Kind::Reserved);
+        self.memory.reserve(&reserved);
         let endpoint = Endpoint {
             rid,
             device,
@@ -235,7 +235,7 @@ fn kinds(info: &HwInfo) -> [Paging; 4] {
 }
 
 /// Bits of address that the device has: what the kernel lets be mapped, and the unit's own word.
-fn address_width(info: &HwInfo, usable: &[(u64, u64)]) -> u8 {
+fn address_width(info: &HwInfo, usable: &[(u64, u64)], parent: Paging) -> u8 {
     let last = usable.last().map_or(0, |&(_, last)| last);
     let bits = match last.checked_add(1) {
         Some(end) if end > 1 => end.ilog2() as u8,
@@ -243,29 +243,15 @@ fn address_width(info: &HwInfo, usable: &[(u64, u64)]) -> u8 {
         None => 64,
     };
     match info.model {
+        // A domain's table is no nest parent, so without dirty tracking the kernel gives it
+        // first-stage format, whose lower half has one bit less.
+        HwModel::Vtd(unit) if parent.nest_parent && !parent.dirty => {
+            bits.min(unit.mgaw().min(48) - 1)
+        }
         HwModel::Vtd(unit) => bits.min(unit.mgaw()),
         HwModel::Other(_) => bits,
     }
     .min(57)
-}
-
-/// What is not `usable` below `width` bits.
-fn holes(usable: &[(u64, u64)], width: u8) -> Vec<(u64, u64)> {
-    let end = (1u64 << width) - 1;
-    let mut holes = Vec::new();
-    let mut next = 0;
-    for &(first, last) in usable {
-        if first > next {
-            holes.push((next, first - 1));
-        }
-        next = last.saturating_add(1);
-    }
-    if next <= end {
-        holes.push((next, end));
-    }
-    // And what no address of this device reaches.
-    holes.push((end + 1, u64::MAX));
-    holes
 }
 
 /// Whether a device with `has` can be put behind a unit that offered `offered`.

@@ -23,6 +23,7 @@ use crate::backend::{
     Backend, Capabilities, EventSink, Invalidation, InvalidationRange, Mapping, Objects,
     PageResponse, Refused, Scope, Stage2, Translation,
 };
+use crate::reserved::Regions;
 use crate::{DomainId, GuestRam, Iova, Pasid, Rid, Target};
 
 /// The most PASIDs of one endpoint that can have a translation at a time. Each is an object of the
@@ -183,6 +184,12 @@ impl HostIommu {
     /// What the host says of `rid`.
     pub fn hw_info(&self, rid: Rid) -> Option<HwInfo> {
         self.endpoint(rid).ok().map(|endpoint| endpoint.info)
+    }
+
+    /// The addresses that some device's DMA cannot use, of every device that was ever here: what
+    /// front ends tell their guests, and keep mappings out of.
+    pub fn reserved(&self) -> Regions {
+        self.memory.reserved().clone()
     }
 
     /// Lets devices reach `length` bytes of another device's memory (a dma-buf of its BAR) at
@@ -708,11 +715,11 @@ impl HostIommu {
         if !self.memory.covers(gpa.0, gpa_last) {
             return Err(Refused::NotMemory { gpa, length });
         }
-        if let Some((first, end)) = self.memory.reserved_in(iova, last).next() {
+        if let Some(region) = self.memory.reserved().overlapping(iova, last) {
             return Err(Refused::NotOffered {
                 what: "mapping IOVA",
                 value: iova,
-                limit: format!("{first:#x} to {end:#x} are reserved by a device"),
+                limit: format!("{region} is kept by a device"),
             });
         }
         let before = areas.range(..=last).next_back();

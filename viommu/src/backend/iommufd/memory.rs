@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -14,6 +14,7 @@ use super::kernel::Kernel;
 use super::object::Ioas;
 use crate::GuestRam;
 use crate::backend::Access;
+use crate::reserved::Regions;
 
 /// The guest's memory in an IOAS of its own, IOVA = GPA.
 #[derive(Debug)]
@@ -21,8 +22,8 @@ pub(super) struct Memory {
     ioas: Arc<Ioas>,
     /// First to last address of each mapping. Never merged: the kernel removes whole ones only.
     mapped: RwLock<BTreeMap<u64, u64>>,
-    /// Reserved regions (first to last) of every device that was ever admitted.
-    reserved: Mutex<Vec<(u64, u64)>>,
+    /// Reserved regions of every device that was ever admitted.
+    reserved: RwLock<Regions>,
 }
 
 impl Memory {
@@ -67,7 +68,7 @@ impl Memory {
         Ok(Self {
             ioas,
             mapped: RwLock::new(mapped),
-            reserved: Mutex::default(),
+            reserved: RwLock::default(),
         })
     }
 
@@ -92,8 +93,8 @@ impl Memory {
                 Unfit::host("IOMMU_IOAS_MAP_FILE", what(), error)
             })?;
         // The kernel knows the reserved regions of attached devices only; ours are of all.
-        if let Some((first, end)) = self.reserved_in(gpa, last).next() {
-            return Err(Unfit::Reserved { first, last: end });
+        if let Some(&region) = self.reserved().overlapping(gpa, last) {
+            return Err(Unfit::Reserved(region));
         }
         let mut mapped = self.mapped.write().unwrap_or_else(PoisonError::into_inner);
         self.ioas
@@ -142,25 +143,17 @@ impl Memory {
     }
 
     /// Remembers a device's reserved regions, for every later mapping.
-    pub(super) fn reserve(&self, regions: &[(u64, u64)]) {
-        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
-        for region in regions {
-            if !reserved.contains(region) {
-                reserved.push(*region);
-            }
-        }
-        reserved.sort_unstable();
+    pub(super) fn reserve(&self, regions: &Regions) {
+        let mut reserved = self
+            .reserved
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        reserved.merge(regions);
     }
 
-    /// The reserved regions (first, last) that touch the range.
-    pub(super) fn reserved_in(&self, first: u64, last: u64) -> std::vec::IntoIter<(u64, u64)> {
-        let reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
-        let touching = reserved
-            .iter()
-            .filter(|&&(start, end)| start <= last && end >= first)
-            .copied()
-            .collect::<Vec<_>>();
-        touching.into_iter()
+    /// The reserved regions of every device that was ever admitted.
+    pub(super) fn reserved(&self) -> RwLockReadGuard<'_, Regions> {
+        self.reserved.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::memory::Memory;
 use super::space::{AddressSpace, Area, Areas};
 use crate::backend::{Access, Refused, Stage2};
+use crate::reserved::Regions;
 use crate::{Gpa, GuestRam};
 
 /// The most areas that one mirrored table may have (1 GiB in pages of 4 KiB).
@@ -192,6 +193,7 @@ impl Shadow {
         mut first: u64,
         mut last: u64,
     ) -> Result<(u64, u64, Areas), Refused> {
+        let reserved = memory.reserved().clone();
         let mut read =
             |at: Gpa, bytes: &mut [u8]| ram.read_slice(bytes, GuestAddress(at.0)).is_ok();
         // What grows the range is a leaf larger than the areas it touches, or an area larger than
@@ -211,7 +213,7 @@ impl Shadow {
             walk(&self.table, low, high, &mut read, &mut |leaf| {
                 low = low.min(leaf.iova);
                 high = high.max(leaf.last);
-                clip(memory, leaf, &mut wanted);
+                clip(memory, &reserved, leaf, &mut wanted);
                 if wanted.len() > MAX_AREAS {
                     return ControlFlow::Break(TooMuch);
                 }
@@ -236,33 +238,24 @@ fn too_many() -> Refused {
 }
 
 /// The parts of `leaf` that lead to guest memory and are not reserved, as areas.
-fn clip(memory: &Memory, leaf: Leaf, into: &mut Areas) {
-    let mut reserved = memory.reserved_in(leaf.iova, leaf.last).peekable();
-    memory.pieces(leaf.gpa, leaf.gpa + (leaf.last - leaf.iova), |gpa, end| {
-        let mut iova = leaf.iova + (gpa - leaf.gpa);
-        let piece_last = leaf.iova + (end - leaf.gpa);
-        let mut put = |iova: u64, last: u64| {
-            let area = Area {
-                last,
-                gpa: leaf.gpa + (iova - leaf.iova),
-                access: leaf.access,
-            };
-            into.insert(iova, area);
+fn clip(memory: &Memory, reserved: &Regions, leaf: Leaf, into: &mut Areas) {
+    let mut put = |iova: u64, last: u64| {
+        let area = Area {
+            last,
+            gpa: leaf.gpa + (iova - leaf.iova),
+            access: leaf.access,
         };
-        while let Some(&(hole, hole_last)) = reserved.peek() {
-            if hole > piece_last {
-                break;
+        into.insert(iova, area);
+    };
+    memory.pieces(leaf.gpa, leaf.gpa + (leaf.last - leaf.iova), |gpa, end| {
+        let (iova, last) = (leaf.iova + (gpa - leaf.gpa), leaf.iova + (end - leaf.gpa));
+        if reserved.overlapping(iova, last).is_none() {
+            put(iova, last);
+        } else {
+            for (iova, last) in reserved.gaps(iova, last) {
+                put(iova, last);
             }
-            if hole > iova {
-                put(iova, hole - 1);
-            }
-            if hole_last >= piece_last {
-                return;
-            }
-            iova = iova.max(hole_last + 1);
-            reserved.next();
         }
-        put(iova, piece_last);
     });
 }
 

@@ -395,9 +395,14 @@ fn reserved_regions_hold_while_the_device_is_blocked_and_after_it_is_gone() {
             .add_device_memory(gpa, file.as_file().as_fd(), 0, MIB)
     };
     // The kernel would take both: it knows the regions of attached devices only.
-    assert!(matches!(place(512 * MIB), Err(Unfit::Reserved { .. })));
+    assert!(matches!(place(512 * MIB), Err(Unfit::Reserved(_))));
     bench.host.remove_device(A);
-    assert!(matches!(place(512 * MIB), Err(Unfit::Reserved { .. })));
+    assert!(matches!(place(512 * MIB), Err(Unfit::Reserved(_))));
+    let reserved = bench.host.reserved();
+    let first_in = |first, last| reserved.overlapping(first, last).map(|region| region.first);
+    assert_eq!(first_in(DOORBELLS.0, DOORBELLS.1), Some(DOORBELLS.0));
+    assert_eq!(first_in(1 << 48, u64::MAX), Some(1 << 48));
+    assert_eq!(first_in(0, 511 * MIB), None);
     place(514 * MIB).unwrap();
     bench.host.remove_device_memory(514 * MIB).unwrap();
     place(514 * MIB).unwrap();
@@ -492,6 +497,15 @@ fn the_address_width_is_the_narrowest_of_all_devices() {
     bench.add(A, |_| {}).unwrap();
     assert_eq!(bench.host.capabilities().address_width, 48);
     bench.add(B, |device| device.iommu = 1).unwrap();
+    assert_eq!(bench.host.capabilities().address_width, 47);
+}
+
+#[test]
+fn the_address_width_is_what_domains_have_too() {
+    let bench = Bench::empty();
+    // No SLADS: the kernel gives domains first-stage tables, of which half can be used.
+    bench.fake.world().iommus[0].unit.ecap &= !(1 << 45);
+    bench.add(A, |_| {}).unwrap();
     assert_eq!(bench.host.capabilities().address_width, 47);
 }
 
@@ -836,7 +850,7 @@ fn what_cannot_be_mapped_is_refused_with_the_reason() {
     };
     assert!(map(0, 16 * MIB, 0x1000).contains("not mappable"));
     assert!(map(0, 15 * MIB, 2 * MIB).contains("not mappable"));
-    assert!(map(0xfee0_0000, 0, 0x1000).contains("reserved"));
+    assert!(map(0xfee0_0000, 0, 0x1000).contains("MSI doorbell"));
     assert!(map(1 << 48, 0, 0x1000).contains("reserved"));
     assert!(map(u64::MAX - 0xfff, 0, 0x2000).contains("wrap"));
     assert!(map(0x800, 0, 0x1000).contains("multiples"));
