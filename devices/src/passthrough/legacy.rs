@@ -25,7 +25,9 @@ const TYPE1V2_IOMMU: libc::c_ulong = 3;
 #[derive(Debug, thiserror::Error)]
 pub enum LegacyError {
     /// A node cannot be opened.
-    #[error("{path} cannot be opened: {source}; load vfio-pci, or run as root")]
+    #[error(
+        "{path} cannot be opened: {source}; end the VM that has it, load vfio-pci, or run as root"
+    )]
     Open {
         /// The node.
         path: PathBuf,

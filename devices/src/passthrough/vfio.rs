@@ -68,7 +68,9 @@ fn bind_reason(error: &io::Error) -> String {
             "its group is in use by a host driver or another VM (nestling doctor names it)".into()
         }
         Some(libc::EINVAL) => {
-            "the firmware reserves memory for it (RMRR), or its IOMMU is not coherent".into()
+            "another process has it already, or the firmware reserves memory for it (RMRR), or its \
+             IOMMU is not coherent"
+                .into()
         }
         Some(libc::ENODEV) => "it stands behind no IOMMU; enable VT-d in the firmware".into(),
         _ => error.to_string(),

@@ -169,6 +169,7 @@ fn locked_memory(proc: &Path) -> Finding {
         .and_then(|rest| rest.split_whitespace().next());
     match soft {
         Some("unlimited") => Finding::yes("unlimited"),
+        Some(_) if has_ipc_lock(proc) => Finding::yes("no limit for this user (CAP_IPC_LOCK)"),
         None => Finding::never("the limit of locked memory cannot be read"),
         Some(bytes) => {
             let mib = bytes.parse::<u64>().unwrap_or(0) >> 20;
@@ -178,6 +179,16 @@ fn locked_memory(proc: &Path) -> Finding {
             )
         }
     }
+}
+
+/// Whether the limit does not count: the effective capabilities have `CAP_IPC_LOCK` (14).
+fn has_ipc_lock(proc: &Path) -> bool {
+    let status = text(&proc.join("self/status")).unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
+        .is_some_and(|bits| bits >> 14 & 1 != 0)
 }
 
 /// The trimmed text of a small file.

@@ -108,8 +108,22 @@ impl fmt::Display for PciDevice {
                 region.first, region.last, region.kind
             )?;
         }
+        // What fails for the same reason is told once.
+        let mut told: Vec<(&Finding, String)> = Vec::new();
         for (name, finding) in &self.modes {
-            line(f, "  ", name, finding)?;
+            match told.iter_mut().find(|(other, _)| *other == finding) {
+                Some((_, names)) if !finding.ok => *names += &format!(", {name}"),
+                _ => told.push((finding, (*name).to_owned())),
+            }
+        }
+        for (finding, names) in told {
+            match names.split_once(", ") {
+                None => line(f, "  ", &names, finding)?,
+                Some((first, rest)) => {
+                    line(f, "  ", first, finding)?;
+                    writeln!(f, "  {:<14} {:<4} nor: {rest}", "", "")?;
+                }
+            }
         }
         Ok(())
     }

@@ -303,6 +303,27 @@ fn the_locked_memory_limit_is_in_mebibytes_with_its_remedy() {
 }
 
 #[test]
+fn a_user_whose_memory_is_not_limited_is_not_told_to_raise_the_limit() {
+    let tree = Tree::new();
+    tree.file(
+        "proc/self/status",
+        "Name:\tnestling\nCapEff:\t000001ffffffffff\n",
+    );
+    assert!(tree.report().locked_memory.ok);
+    tree.file("proc/self/status", "CapEff:\t0000000000000000\n");
+    assert!(!tree.report().locked_memory.ok);
+}
+
+#[test]
+fn people_read_one_reason_once() {
+    let tree = Tree::vtd(CAP, ECAP);
+    tree.device("0000:01:00.0", "0x010802", Some("nvme"), Some(7));
+    let text = tree.report().to_string();
+    assert_eq!(text.matches("host's driver nvme").count(), 1, "{text}");
+    assert!(text.contains("nor: nested, page-requests, pasid"), "{text}");
+}
+
+#[test]
 fn an_amd_host_gets_an_answer_too() {
     let tree = Tree::new();
     tree.file(

@@ -2,6 +2,7 @@
 
 pub mod cpuid;
 pub mod registers;
+pub mod slots;
 pub mod vcpu;
 
 use std::io;
