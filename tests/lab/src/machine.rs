@@ -14,6 +14,8 @@ use crate::setup::Qemu;
 
 /// How long a host may take from its start until its agent answers.
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
+/// How often a host is booted until its timers work.
+const BOOT_TRIES: u32 = 5;
 /// Where `target/lab` is seen inside a host.
 pub const SHARE: &str = "/lab";
 /// What the test program is told of its place there.
@@ -48,6 +50,24 @@ impl Hosts {
     /// The emulator does not start or the host does not answer within its limit; the error names
     /// the logs.
     pub fn boot(&self, profile: &str, logs: &Path) -> Result<Host> {
+        // A busy machine disturbs the kernel's look at its emulated timers; without them all of
+        // the host's timers, and so its guests', are as coarse as its clock tick.
+        for _ in 1..BOOT_TRIES {
+            let mut host = self.boot_once(profile, logs)?;
+            let lost = host.run(
+                "dmesg | grep 'APIC timer disabled'",
+                Duration::from_secs(20),
+            )?;
+            if lost.status != 0 {
+                return Ok(host);
+            }
+            crate::report::note("the host lost its fine timers to a busy machine; once more");
+            host.power_off();
+        }
+        self.boot_once(profile, logs)
+    }
+
+    fn boot_once(&self, profile: &str, logs: &Path) -> Result<Host> {
         let what = Profile::read(&self.root, profile)?;
         fs::create_dir_all(logs)?;
         let images = self.lab.join("images").join(profile);
