@@ -5,8 +5,11 @@
 
 #![forbid(unsafe_code)]
 
+mod shared;
+mod state;
+
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
@@ -18,13 +21,15 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::shared::Shared;
+use self::state::State;
 use crate::interrupt::MsiSource;
 use crate::limit::warn_limited;
 use crate::pci::config::{ConfigError, Express, Identity};
 use crate::pci::msix::{Msix, Place};
 use crate::pci::{Bar, ConfigSpace, Decoded, Delivery, Effect, IoEvent, PciFunction};
 use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
-use crate::virtio::ring::{Ring, RingConfig};
+use crate::virtio::ring::Ring;
 
 /// The only BAR, and where the structures are in it (bytes).
 const BAR: u8 = 0;
@@ -55,9 +60,6 @@ const CAP_VENDOR: u8 = 0x09;
 /// Bytes of a vendor-specific capability before what some of them add.
 const CAP_LENGTH: u8 = 16;
 
-const ISR_QUEUE: u8 = 1 << 0;
-const ISR_CONFIG: u8 = 1 << 1;
-
 /// Why a virtio device got no PCI function.
 #[derive(Error, Debug)]
 pub enum VirtioPciError {
@@ -86,35 +88,6 @@ pub struct VirtioPci {
     pristine: ConfigSpace,
     config: Mutex<ConfigSpace>,
     state: Mutex<State>,
-}
-
-/// What device threads use: no lock but MSI-X's own.
-struct Shared {
-    msix: Msix,
-    isr: AtomicU8,
-    generation: AtomicU8,
-    config_vector: AtomicU16,
-    queue_vectors: Vec<AtomicU16>,
-    needs_reset: AtomicBool,
-    driver_ok: AtomicBool,
-}
-
-/// What the driver programmed.
-#[derive(Default)]
-struct State {
-    device_feature_select: u32,
-    driver_feature_select: u32,
-    driver_features: u64,
-    status: u8,
-    queue_select: u16,
-    queues: Vec<QueueState>,
-    active: bool,
-}
-
-#[derive(Clone, Copy, Default)]
-struct QueueState {
-    ring: RingConfig,
-    enabled: bool,
 }
 
 impl VirtioPci {
@@ -170,15 +143,7 @@ impl VirtioPci {
         if dma.is_translated() {
             offered |= 1 << VIRTIO_F_ACCESS_PLATFORM;
         }
-        let shared = Arc::new(Shared {
-            msix,
-            isr: AtomicU8::new(0),
-            generation: AtomicU8::new(0),
-            config_vector: AtomicU16::new(NO_VECTOR),
-            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-            needs_reset: AtomicBool::new(false),
-            driver_ok: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared::new(msix, queues));
         let state = State::new(device.queue_sizes());
         Ok(Arc::new(Self {
             device,
@@ -495,103 +460,6 @@ impl Drop for VirtioPci {
     fn drop(&mut self) {
         let mut state = self.state();
         self.reset_device(&mut state);
-    }
-}
-
-impl State {
-    fn new(sizes: &[u16]) -> Self {
-        let queue = |size: &u16| QueueState {
-            ring: RingConfig {
-                size: *size,
-                ..RingConfig::default()
-            },
-            enabled: false,
-        };
-        Self {
-            queues: sizes.iter().map(queue).collect(),
-            ..Self::default()
-        }
-    }
-
-    fn write_driver_features(&mut self, half: u32) {
-        // Negotiation is over once FEATURES_OK is set (3.1.1).
-        if self.status & VIRTIO_CONFIG_S_FEATURES_OK as u8 != 0 {
-            return;
-        }
-        let (keep, new) = match self.driver_feature_select {
-            0 => (u64::MAX << 32, u64::from(half)),
-            1 => (u64::from(u32::MAX), u64::from(half) << 32),
-            _ => return,
-        };
-        self.driver_features = self.driver_features & keep | new;
-    }
-
-    /// queue_size, queue_enable or one of the addresses, of the selected queue. A queue is frozen
-    /// once it is enabled or the driver is ready (4.1.4.3.2).
-    fn write_queue(&mut self, offset: u64, value: u64, length: usize, sizes: &[u16]) {
-        let index = usize::from(self.queue_select);
-        let frozen = self.status & VIRTIO_CONFIG_S_DRIVER_OK as u8 != 0;
-        let (Some(queue), Some(&most)) = (self.queues.get_mut(index), sizes.get(index)) else {
-            return;
-        };
-        if frozen || queue.enabled {
-            return;
-        }
-        let set = |address: &mut u64, high: bool| {
-            *address = match (length, high) {
-                (8, false) => value,
-                (4, false) => *address & !u64::from(u32::MAX) | value,
-                (4, true) => *address & u64::from(u32::MAX) | value << 32,
-                _ => *address,
-            };
-        };
-        let ring = &mut queue.ring;
-        match offset {
-            24 if value.is_power_of_two() && value <= u64::from(most) => ring.size = value as u16,
-            28 => queue.enabled = value == 1,
-            32 | 36 => set(&mut ring.descriptors, offset == 36),
-            40 | 44 => set(&mut ring.available, offset == 44),
-            48 | 52 => set(&mut ring.used, offset == 52),
-            _ => {}
-        }
-    }
-}
-
-impl Shared {
-    fn send(&self, vector: &AtomicU16, isr: u8) {
-        if !self.msix.signal(vector.load(Ordering::Relaxed)) {
-            self.isr.fetch_or(isr, Ordering::AcqRel);
-        }
-    }
-
-    fn reset(&self) {
-        self.isr.store(0, Ordering::Release);
-        self.needs_reset.store(false, Ordering::Release);
-        self.driver_ok.store(false, Ordering::Release);
-        for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
-            vector.store(NO_VECTOR, Ordering::Relaxed);
-        }
-    }
-}
-
-impl VirtioInterrupt for Shared {
-    fn queue(&self, index: u16) {
-        if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
-            self.send(vector, ISR_QUEUE);
-        }
-    }
-
-    fn config(&self) {
-        self.generation.fetch_add(1, Ordering::AcqRel);
-        self.send(&self.config_vector, ISR_CONFIG);
-    }
-
-    fn needs_reset(&self) {
-        self.needs_reset.store(true, Ordering::Release);
-        // Before DRIVER_OK there is nobody to tell (2.1.2).
-        if self.driver_ok.load(Ordering::Acquire) {
-            self.config();
-        }
     }
 }
 
