@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use viommu::GuestRam;
 use viommu::spec::virtio_iommu as spec;
 use viommu::virtio::decode::MAX_READABLE;
-use viommu::virtio::{Chain as Request, Config, Iommu, Reply};
+use viommu::virtio::{Chain as Request, Iommu, Reply};
 use vm_memory::{GuestMemory, Permissions};
 
 use super::buffers;
@@ -136,7 +136,7 @@ impl VirtioDevice for VirtioIommu {
     }
 
     fn features(&self) -> u64 {
-        Config::FEATURES | RING_FEATURES
+        self.unit.features() | RING_FEATURES
     }
 
     fn queue_sizes(&self) -> &[u16] {

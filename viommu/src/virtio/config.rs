@@ -28,6 +28,10 @@ pub struct Config {
     pub domain_mappings: usize,
     /// Mappings that all domains together may have.
     pub mappings: usize,
+    /// **Experimental**: offer ATTACH_TABLE and INVALIDATE, by which the guest's own first-stage
+    /// tables (in VT-d's format) translate. Drafts of the specification; no released driver knows
+    /// them.
+    pub attach_table: bool,
 }
 
 /// What cannot be offered.
@@ -113,7 +117,8 @@ impl Config {
             return Err(ConfigError::AddressWidth(capabilities.address_width));
         }
         let bits = u32::from(capabilities.address_width).min(mappings::IOVA_BITS);
-        let needs = (regions * size_of::<spec::ProbeResvMem>()).next_power_of_two();
+        // One more for the interrupt window, one for tables.
+        let needs = ((regions + 2) * size_of::<spec::ProbeResvMem>()).next_power_of_two();
         Ok(Self {
             page_size_mask,
             input_range: (0, (1 << bits) - 1),
@@ -123,16 +128,25 @@ impl Config {
             gpa_bits: mappings::GPA_BITS as u8,
             domain_mappings: 1 << 20,
             mappings: 1 << 21,
+            attach_table: false,
         })
     }
 
-    /// The features to offer, without those of the transport.
+    /// The features that are always offered, without those of the transport.
     pub const FEATURES: u64 = feature::INPUT_RANGE
         | feature::DOMAIN_RANGE
         | feature::MAP_UNMAP
         | feature::PROBE
         | feature::MMIO
         | feature::BYPASS_CONFIG;
+
+    /// The features that this unit offers, without those of the transport.
+    pub fn features(&self) -> u64 {
+        match self.attach_table {
+            true => Self::FEATURES | feature::ATTACH_TABLE,
+            false => Self::FEATURES,
+        }
+    }
 
     /// What the state machine checks requests against: the store's own limits hold whatever the
     /// fields say.
@@ -196,7 +210,8 @@ impl Config {
                 offered: last,
             });
         }
-        let needs = super::probe::size(reserved);
+        let tables = usize::from(self.attach_table) * size_of::<spec::ProbePgtVtd>();
+        let needs = super::probe::size(reserved) + tables;
         if needs > self.probe_size as usize {
             return Err(AddError::Properties {
                 endpoint,

@@ -3,15 +3,17 @@
 
 use zerocopy::FromBytes;
 
-use crate::backend::Access;
+use crate::backend::{Access, InvalidationRange, Stage1};
 use crate::spec::virtio_iommu::{
-    ReqAttach, ReqDetach, ReqHead, ReqMap, ReqProbe, ReqUnmap, Status, attach_flag, feature,
-    map_flag, req_type,
+    ReqAttach, ReqAttachPgtVtd, ReqDetach, ReqHead, ReqInvalidate, ReqMap, ReqProbe, ReqUnmap,
+    Status, attach_flag, feature, fl_flag, inval_flag, inval_granularity, map_flag, req_type,
+    table_format,
 };
+use crate::{Gpa, Iova};
 
 /// The longest device-readable part of a request, in bytes. What a driver puts behind it is
 /// ignored, so a transport need not fetch more.
-pub const MAX_READABLE: usize = size_of::<ReqProbe>();
+pub const MAX_READABLE: usize = size_of::<ReqAttachPgtVtd>();
 
 /// A well-formed request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -29,6 +31,20 @@ pub enum Request {
         /// Which endpoint.
         endpoint: u32,
     },
+    /// INVALIDATE (experimental).
+    Invalidate(Invalidate),
+}
+
+/// What translates for the endpoints of a domain.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Mode {
+    /// The mappings that the guest makes by MAP.
+    #[default]
+    Mapped,
+    /// Nothing: they are in bypass mode.
+    Bypass,
+    /// A table in guest memory (experimental).
+    Table(Stage1),
 }
 
 /// Attach `endpoint` to `domain`.
@@ -38,8 +54,8 @@ pub struct Attach {
     pub domain: u32,
     /// Which endpoint.
     pub endpoint: u32,
-    /// The domain is a bypass domain.
-    pub bypass: bool,
+    /// What the domain is.
+    pub mode: Mode,
 }
 
 /// Detach `endpoint` from `domain`.
@@ -77,6 +93,15 @@ pub struct Unmap {
     pub virt_start: u64,
     /// Last virtual address.
     pub virt_end: u64,
+}
+
+/// Forget what is cached of the tables of `domain`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Invalidate {
+    /// Of which domain.
+    pub domain: u32,
+    /// Which addresses.
+    pub range: InvalidationRange,
 }
 
 /// Why bytes are not a [`Request`].
@@ -120,7 +145,10 @@ pub fn decode(readable: &[u8], features: u64) -> Result<Request, Malformed> {
             Ok(Request::Attach(Attach {
                 domain: request.domain.get(),
                 endpoint: request.endpoint.get(),
-                bypass: flags & attach_flag::BYPASS != 0,
+                mode: match flags & attach_flag::BYPASS {
+                    0 => Mode::Mapped,
+                    _ => Mode::Bypass,
+                },
             }))
         }
         req_type::DETACH => {
@@ -170,8 +198,66 @@ pub fn decode(readable: &[u8], features: u64) -> Result<Request, Malformed> {
                 endpoint: request.endpoint.get(),
             })
         }
+        req_type::ATTACH_TABLE if has(feature::ATTACH_TABLE) => attach_table(read(readable)?),
+        req_type::INVALIDATE if has(feature::ATTACH_TABLE) => invalidate(read(readable)?),
         _ => Err(Malformed::Unrecognised),
     }
+}
+
+/// What is passed on is checked bit by bit, since a kernel may not: address bits that are no
+/// address must not become flags of a table entry.
+fn attach_table(request: &ReqAttachPgtVtd) -> Result<Request, Malformed> {
+    let (root, flags) = (request.pgd.get(), request.fl_flags.get());
+    let width = request.addr_width.get();
+    let in_order = request.format.get() == table_format::PGTF_VTD
+        && request.flags.get() == 0
+        && request.pasid.get() == 0
+        && request.reserved == [0; 2]
+        && request.reserved2 == [0; 36]
+        && matches!(width, 48 | 57)
+        && root & 0xfff == 0
+        && root >> super::mappings::GPA_BITS == 0
+        && flags & !(fl_flag::SRE | fl_flag::EAFE | fl_flag::WPE) == 0;
+    if !in_order {
+        return Err(Malformed::Invalid);
+    }
+    Ok(Request::Attach(Attach {
+        domain: request.domain.get(),
+        endpoint: request.endpoint.get(),
+        mode: Mode::Table(Stage1 {
+            root: Gpa(root),
+            width: width as u8,
+            sre: flags & fl_flag::SRE != 0,
+            wpe: flags & fl_flag::WPE != 0,
+            eafe: flags & fl_flag::EAFE != 0,
+        }),
+    }))
+}
+
+fn invalidate(request: &ReqInvalidate) -> Result<Request, Malformed> {
+    let flags = request.flags.get();
+    let (first, granule) = (request.virt_start.get(), request.granule);
+    let pages = request.nr_pages.get();
+    let in_order = flags & !(inval_flag::ARCHID | inval_flag::LEAF) == 0
+        && matches!(request.inv_type.get(), 1..=7);
+    let range = match request.inv_gran.get() {
+        inval_granularity::DOMAIN => InvalidationRange::All,
+        inval_granularity::VA if matches!(granule, 12..=30) && first & 0xfff == 0 && pages != 0 => {
+            InvalidationRange::Pages {
+                first: Iova(first),
+                count: pages.saturating_mul(1 << (granule - 12)),
+                leaf: flags & inval_flag::LEAF != 0,
+            }
+        }
+        _ => return Err(Malformed::Invalid),
+    };
+    if !in_order {
+        return Err(Malformed::Invalid);
+    }
+    Ok(Request::Invalidate(Invalidate {
+        domain: request.domain.get(),
+        range,
+    }))
 }
 
 fn read<T: FromBytes + zerocopy::KnownLayout + zerocopy::Immutable + zerocopy::Unaligned>(
@@ -213,7 +299,7 @@ mod tests {
 
     #[test]
     fn a_type_that_is_not_recognised_is_returned_unwritten() {
-        for r#type in [0, 6, 7, 0x80, 0xff] {
+        for r#type in [0, 8, 0x80, 0xff] {
             assert_eq!(
                 decode(&bytes(r#type, 100), ALL),
                 Err(Malformed::Unrecognised)

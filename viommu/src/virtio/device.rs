@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 
 use super::config::{AddError, Config};
+use super::decode::Mode;
 use super::engine::Engine;
 use super::fault::{FaultCounters, Faults};
 use super::reply::{Chain, Reply};
 use crate::Rid;
-use crate::backend::Backend;
+use crate::backend::{Backend, Stage1};
 use crate::reserved::{self, Regions};
 use crate::spec::virtio_iommu as spec;
 
@@ -60,6 +61,8 @@ pub struct DomainSnapshot {
     pub domain: u32,
     /// Its endpoints are in bypass mode.
     pub bypass: bool,
+    /// The table in guest memory that translates, if one does.
+    pub table: Option<Stage1>,
     /// How many mappings it has.
     pub mappings: usize,
     /// How many bytes they are.
@@ -119,7 +122,13 @@ impl Iommu {
 
     /// Sets the features that the driver accepted; the rest of the device acts by them.
     pub fn set_features(&self, features: u64) {
-        self.lock().features = features & Config::FEATURES;
+        let mut engine = self.lock();
+        engine.features = features & engine.config.features();
+    }
+
+    /// The features to offer, without those of the transport.
+    pub fn features(&self) -> u64 {
+        self.lock().config.features()
     }
 
     /// The length of the longest reply, in bytes.
@@ -208,7 +217,11 @@ impl Iommu {
                 .domains()
                 .map(|(number, domain)| DomainSnapshot {
                     domain: number,
-                    bypass: domain.bypass,
+                    bypass: domain.mode == Mode::Bypass,
+                    table: match domain.mode {
+                        Mode::Table(table) => Some(table),
+                        _ => None,
+                    },
                     mappings: domain.mappings.len(),
                     mapped_bytes: domain.mappings.bytes(),
                 })

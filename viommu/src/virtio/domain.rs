@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::decode::{Attach, Detach, Map, Unmap};
+use super::decode::{Attach, Detach, Map, Mode, Unmap};
 use super::mappings::{Mappings, Removed};
 use crate::backend::Mapping;
 use crate::reserved::Regions;
@@ -42,8 +42,8 @@ pub struct Endpoint {
 /// A domain. It exists as long as an endpoint is attached to it.
 #[derive(Debug, Default)]
 pub struct Domain {
-    /// Its endpoints are in bypass mode.
-    pub bypass: bool,
+    /// What translates for its endpoints.
+    pub mode: Mode,
     /// Its endpoints, never none.
     pub endpoints: Vec<u32>,
     /// What its endpoints have reserved.
@@ -153,7 +153,7 @@ impl State {
             return Err(Status::Range);
         }
         let domain = self.domains.get(&request.domain);
-        if domain.is_some_and(|d| d.bypass != request.bypass) {
+        if domain.is_some_and(|d| d.mode != request.mode) {
             return Err(Status::Inval);
         }
         if endpoint.domain == Some(request.domain) {
@@ -177,7 +177,7 @@ impl State {
         };
         endpoint.domain = Some(request.domain);
         let domain = self.domains.entry(request.domain).or_default();
-        domain.bypass = request.bypass;
+        domain.mode = request.mode;
         domain.endpoints.push(request.endpoint);
         domain.reserved.merge(&endpoint.reserved);
     }
@@ -229,7 +229,7 @@ impl State {
     pub fn map(&mut self, request: &Map) -> Result<Mapping, Status> {
         let rules = &self.rules;
         let domain = self.domains.get_mut(&request.domain).ok_or(Status::NoEnt)?;
-        if domain.bypass {
+        if domain.mode != Mode::Mapped {
             return Err(Status::Inval);
         }
         let (first, last) = (request.virt_start, request.virt_end);
@@ -275,7 +275,7 @@ impl State {
     /// What the guest is told; nothing is changed then.
     pub fn unmap(&mut self, request: &Unmap) -> Result<Removed, Status> {
         let domain = self.domains.get_mut(&request.domain).ok_or(Status::NoEnt)?;
-        if domain.bypass || request.virt_end < request.virt_start {
+        if domain.mode != Mode::Mapped || request.virt_end < request.virt_start {
             return Err(Status::Inval);
         }
         let removed = domain

@@ -9,13 +9,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::config::{AddError, Config};
-use super::decode::{Attach, Detach, Malformed, Map, Request, Unmap, decode};
+use super::decode::{Attach, Detach, Invalidate, Malformed, Map, Mode, Request, Unmap, decode};
 use super::device::Counters;
 use super::domain::{Attaching, State};
 use super::fault::{Faults, Sink};
 use super::probe;
 use super::reply::{Chain, Reply};
-use crate::backend::{Backend, Mapping, Refused, Translation};
+use crate::backend::{Backend, Invalidation, Mapping, Refused, Scope, Translation};
 use crate::reserved::Regions;
 use crate::spec::virtio_iommu::{self as spec, Status, feature, req_type};
 use crate::{DomainId, Iova, Rid, Target};
@@ -222,6 +222,7 @@ impl Engine {
             }
             Ok(Request::Map(request)) => return self.map(request, replies),
             Ok(Request::Unmap(request)) => return self.unmap(request, replies),
+            Ok(Request::Invalidate(request)) => self.invalidate(&request),
             Ok(Request::Attach(request)) => {
                 self.flush(replies);
                 self.attach(&request)
@@ -237,7 +238,7 @@ impl Engine {
     /// Answers a PROBE of `endpoint`; `None` stands for a request that is too short.
     fn probe(&self, endpoint: Option<u32>, writable: usize) -> Reply {
         let room = self.config.probe_size as usize;
-        let Some(endpoint) = endpoint.filter(|_| writable >= room + size_of::<spec::ReqTail>())
+        let Some(number) = endpoint.filter(|_| writable >= room + size_of::<spec::ReqTail>())
         else {
             // The list is smaller than `probe_size`: what there is of it gets no property.
             return Reply::probe(
@@ -246,11 +247,17 @@ impl Engine {
             );
         };
         let size = room + size_of::<spec::ReqTail>();
-        match self.state.endpoint(endpoint) {
+        match self.state.endpoint(number) {
             None => Reply::probe(size, Status::NoEnt),
             Some(endpoint) => {
                 let mut reply = Reply::probe(size, Status::Ok);
                 probe::fill(reply.properties_mut(), &endpoint.reserved);
+                if let (true, Some(port)) = (self.config.attach_table, self.ports.get(&number)) {
+                    let capabilities = port.backend.capabilities();
+                    if capabilities.stage1 {
+                        probe::add_tables(reply.properties_mut(), &capabilities);
+                    }
+                }
                 reply
             }
         }
@@ -271,12 +278,7 @@ impl Engine {
             }
             Ok(Attaching::New) => {}
         }
-        let after = match request.bypass {
-            true => Ok(Translation::Identity),
-            false => self
-                .home(request.domain, request.endpoint)
-                .map(Translation::Domain),
-        };
+        let after = self.translation_of(request.mode, request.domain, request.endpoint);
         if let Err(refused) = after.and_then(|after| self.apply(request.endpoint, after)) {
             // What the endpoint had before is put in force again, or it is Blocked.
             let _ = self.enforce(request.endpoint);
@@ -537,6 +539,50 @@ impl Engine {
         Ok(id)
     }
 
+    /// What translates for an endpoint in a domain of that mode.
+    fn translation_of(
+        &mut self,
+        mode: Mode,
+        domain: u32,
+        endpoint: u32,
+    ) -> Result<Translation, Refused> {
+        match mode {
+            Mode::Bypass => Ok(Translation::Identity),
+            Mode::Table(table) => Ok(Translation::Stage1(table)),
+            Mode::Mapped => self.home(domain, endpoint).map(Translation::Domain),
+        }
+    }
+
+    /// Forgets what is cached of a table. Where a back end cannot, the endpoint is Blocked.
+    fn invalidate(&mut self, request: &Invalidate) -> Status {
+        let Some(domain) = self.state.domain(request.domain) else {
+            return Status::NoEnt;
+        };
+        if !matches!(domain.mode, Mode::Table(_)) {
+            return Status::Inval;
+        }
+        let mut status = Status::Ok;
+        for endpoint in &domain.endpoints {
+            let Some(port) = self.ports.get_mut(endpoint) else {
+                continue;
+            };
+            let target = Target::rid(port.rid);
+            let stale = Invalidation {
+                scope: Scope::Target(target),
+                range: request.range,
+            };
+            if port.refused || port.backend.invalidate(&[stale]) == 1 {
+                continue;
+            }
+            self.counters.refusals += 1;
+            let _ = port.backend.apply(target, Translation::Blocked);
+            port.refused = true;
+            self.faults.push_internal(port.rid);
+            status = Status::DevErr;
+        }
+        status
+    }
+
     /// Puts a translation in force. On an error the endpoint is Blocked.
     fn apply(&mut self, endpoint: u32, translation: Translation) -> Result<(), Refused> {
         let Some(port) = self.ports.get_mut(&endpoint) else {
@@ -563,8 +609,7 @@ impl Engine {
         let domain = number.and_then(|n| Some((n, self.state.domain(n)?)));
         let wanted = match domain {
             None => Ok(self.unattached()),
-            Some((_, domain)) if domain.bypass => Ok(Translation::Identity),
-            Some((number, _)) => self.home(number, endpoint).map(Translation::Domain),
+            Some((number, domain)) => self.translation_of(domain.mode, number, endpoint),
         };
         let outcome = match wanted {
             Ok(wanted) => self.apply(endpoint, wanted),

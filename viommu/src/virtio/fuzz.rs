@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::decode::{Attach, Detach, Map, Request, Unmap, decode};
+use super::decode::{Attach, Detach, Map, Mode, Request, Unmap, decode};
 use super::testing::{self, Recorder};
 use super::{Chain, Config, Iommu, Reply};
 use crate::backend::{Backend, Mapping, Translation};
@@ -300,7 +300,9 @@ fn check(rig: &Rig, model: &Model) {
         match domain.map(|number| (number, &model.domains[&number])) {
             None if model.bypass => assert_eq!(in_force, Translation::Identity, "{rid}"),
             None => assert_eq!(in_force, Translation::Blocked, "{rid}"),
-            Some((_, domain)) if domain.bypass => assert_eq!(in_force, Translation::Identity),
+            Some((_, domain)) if domain.mode == Mode::Bypass => {
+                assert_eq!(in_force, Translation::Identity)
+            }
             Some((number, domain)) => {
                 homes.insert((number, rid == ENDPOINTS[3]));
                 let told = domain
@@ -336,7 +338,7 @@ struct Model {
 
 #[derive(Default)]
 struct ModelDomain {
-    bypass: bool,
+    mode: Mode,
     endpoints: BTreeSet<u32>,
     mappings: BTreeMap<u64, Mapping>,
 }
@@ -377,6 +379,7 @@ impl Model {
             Request::Unmap(request) => self.unmap(request),
             // There is no room for properties.
             Request::Probe { .. } => Status::Inval,
+            Request::Invalidate(_) => Status::Inval,
         }
     }
 
@@ -388,7 +391,7 @@ impl Model {
             return Status::Range;
         }
         if let Some(domain) = self.domains.get(&request.domain) {
-            if domain.bypass != request.bypass {
+            if domain.mode != request.mode {
                 return Status::Inval;
             }
             let hole = (HOLE.0 * PAGE, HOLE.1 * PAGE + PAGE - 1);
@@ -404,7 +407,7 @@ impl Model {
             self.leave(request.endpoint);
         }
         let domain = self.domains.entry(request.domain).or_default();
-        domain.bypass = request.bypass;
+        domain.mode = request.mode;
         domain.endpoints.insert(request.endpoint);
         Status::Ok
     }
@@ -435,7 +438,7 @@ impl Model {
         let mut endpoints = domain.endpoints.iter();
         let holed = endpoints.any(|&id| id == u32::from(ENDPOINTS[2].0));
         let reserved = reserved(ENDPOINTS[if holed { 2 } else { 0 }]);
-        if domain.bypass {
+        if domain.mode != Mode::Mapped {
             Status::Inval
         } else if !aligned(range.0)
             || !aligned(range.1.wrapping_add(1))
@@ -475,7 +478,7 @@ impl Model {
             return Status::NoEnt;
         };
         let range = (request.virt_start, request.virt_end);
-        if domain.bypass || range.1 < range.0 {
+        if domain.mode != Mode::Mapped || range.1 < range.0 {
             return Status::Inval;
         }
         let hit = |m: &Mapping| overlap((m.iova.0, last(m)), range);

@@ -19,6 +19,8 @@ pub use device::{Counters, DomainSnapshot, EndpointSnapshot, Iommu, Snapshot};
 pub use fault::FaultCounters;
 pub use reply::{Chain, Reply};
 
+#[cfg(test)]
+mod table_tests;
 #[cfg(any(test, feature = "fuzzing"))]
 mod testing;
 #[cfg(test)]

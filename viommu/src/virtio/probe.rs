@@ -2,8 +2,11 @@
 
 use zerocopy::IntoBytes;
 
+use crate::backend::Capabilities;
 use crate::reserved::{Kind, Region, Regions};
-use crate::spec::virtio_iommu::{ProbeProperty, ProbeResvMem, probe_type, resv_mem_subtype};
+use crate::spec::virtio_iommu::{
+    ProbePgtVtd, ProbeProperty, ProbeResvMem, probe_type, resv_mem_subtype, table_format,
+};
 
 const RESV_MEM: usize = size_of::<ProbeResvMem>();
 
@@ -38,6 +41,31 @@ fn property(region: &Region, msi: bool) -> ProbeResvMem {
         reserved: [0; 3],
         start: region.first.into(),
         end: region.last.into(),
+    }
+}
+
+/// Writes that first-stage tables of VT-d can be attached, behind the other properties.
+pub(super) fn add_tables(properties: &mut [u8], capabilities: &Capabilities) {
+    let bit = |set: bool, bit: u32| u64::from(set) << bit;
+    let property = ProbePgtVtd {
+        head: ProbeProperty {
+            r#type: probe_type::PAGE_TABLE_FMT.into(),
+            length: ((size_of::<ProbePgtVtd>() - size_of::<ProbeProperty>()) as u16).into(),
+        },
+        format: table_format::PGTF_VTD.into(),
+        reserved: [0; 2],
+        // FL1GP and FL5LP.
+        cap_reg: (bit(capabilities.stage1_1g, 56) | bit(capabilities.stage1_57, 60)).into(),
+        // SMTS, FLTS, SRS and EAFS.
+        ecap_reg: (bit(true, 43)
+            | bit(true, 47)
+            | bit(capabilities.sre, 31)
+            | bit(capabilities.eafe, 34))
+        .into(),
+    };
+    let mut rooms = properties.chunks_exact_mut(size_of::<ProbePgtVtd>());
+    if let Some(room) = rooms.find(|room| room[0] == 0) {
+        room.copy_from_slice(property.as_bytes());
     }
 }
 

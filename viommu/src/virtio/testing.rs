@@ -147,7 +147,8 @@ impl Backend for Recorder {
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> usize {
-        batch.len()
+        let refused = self.book().may_refuse().is_err();
+        if refused { 0 } else { batch.len() }
     }
 
     fn respond(&self, response: PageResponse) {

@@ -31,6 +31,8 @@ pub mod feature {
     pub const MMIO: u64 = 1 << 5;
     /// The `bypass` field and [`attach_flag::BYPASS`](super::attach_flag::BYPASS) are there.
     pub const BYPASS_CONFIG: u64 = 1 << 6;
+    /// Experimental: ATTACH_TABLE and INVALIDATE are there.
+    pub const ATTACH_TABLE: u64 = 1 << 8;
 }
 
 /// Types of requests (5.13.6).
@@ -45,6 +47,10 @@ pub mod req_type {
     pub const UNMAP: u8 = 4;
     /// [`ReqProbe`](super::ReqProbe).
     pub const PROBE: u8 = 5;
+    /// Experimental: [`ReqAttachPgtVtd`](super::ReqAttachPgtVtd).
+    pub const ATTACH_TABLE: u8 = 6;
+    /// Experimental: [`ReqInvalidate`](super::ReqInvalidate).
+    pub const INVALIDATE: u8 = 7;
 }
 
 /// Flags of an ATTACH (5.13.6.3).
@@ -63,12 +69,46 @@ pub mod map_flag {
     pub const MMIO: u32 = 1 << 2;
 }
 
+/// Experimental: table formats of ATTACH_TABLE.
+pub mod table_format {
+    /// VT-d's first-stage tables.
+    pub const PGTF_VTD: u16 = 4;
+}
+
+/// Experimental: `fl_flags` of [`ReqAttachPgtVtd`], as iommufd's for VT-d tables.
+pub mod fl_flag {
+    /// Supervisor Request Enable.
+    pub const SRE: u64 = 1 << 0;
+    /// Extended Accessed Flag Enable.
+    pub const EAFE: u64 = 1 << 1;
+    /// Write Protect Enable.
+    pub const WPE: u64 = 1 << 2;
+}
+
+/// Experimental: `inv_gran` of [`ReqInvalidate`].
+pub mod inval_granularity {
+    /// Everything of a domain.
+    pub const DOMAIN: u16 = 1 << 0;
+    /// Pages.
+    pub const VA: u16 = 1 << 2;
+}
+
+/// Experimental: `flags` of [`ReqInvalidate`].
+pub mod inval_flag {
+    /// `archid` is valid.
+    pub const ARCHID: u16 = 1 << 1;
+    /// Only leaf entries changed.
+    pub const LEAF: u16 = 1 << 2;
+}
+
 /// Types of properties (5.13.6.8).
 pub mod probe_type {
     /// The end of the list.
     pub const NONE: u16 = 0;
     /// [`ProbeResvMem`](super::ProbeResvMem).
     pub const RESV_MEM: u16 = 1;
+    /// Experimental: [`ProbePgtVtd`](super::ProbePgtVtd).
+    pub const PAGE_TABLE_FMT: u16 = 6;
 }
 
 /// `subtype` of [`ProbeResvMem`] (5.13.6.8.1).
@@ -296,6 +336,84 @@ wire!(
         start: U64,
         /// Last address.
         end: U64,
+    }
+);
+
+wire!(
+    /// Experimental: `struct virtio_iommu_req_attach_pgt_vtd`, an ATTACH_TABLE with a first-stage
+    /// table of VT-d (RFC of November 2023 on the list for virtio-iommu's Linux driver).
+    ReqAttachPgtVtd, 80 {
+        /// Type ATTACH_TABLE.
+        head: ReqHead,
+        /// To which domain.
+        domain: U32,
+        /// Which endpoint.
+        endpoint: U32,
+        /// None are defined.
+        flags: U32,
+        /// One of [`table_format`].
+        format: U16,
+        /// Zero.
+        reserved: [u8; 2],
+        /// Only 0: requests without PASID.
+        pasid: U32,
+        /// Guest-physical address of the root table.
+        pgd: U64,
+        /// Of [`fl_flag`].
+        fl_flags: U64,
+        /// Bits of a virtual address: 48 or 57.
+        addr_width: U32,
+        /// Zero.
+        reserved2: [u8; 36],
+    }
+);
+
+wire!(
+    /// Experimental: `struct virtio_iommu_req_invalidate` (draft 0.13 of the specification).
+    ReqInvalidate, 60 {
+        /// Type INVALIDATE.
+        head: ReqHead,
+        /// One of [`inval_granularity`].
+        inv_gran: U16,
+        /// What to forget: IOTLB (1), device IOTLB (2), PASID cache (4).
+        inv_type: U16,
+        /// Of [`inval_flag`].
+        flags: U16,
+        /// Ignored.
+        reserved1: [u8; 2],
+        /// Of which domain.
+        domain: U32,
+        /// Ignored: there are no PASIDs.
+        pasid: U32,
+        /// Ignored.
+        reserved2: [u8; 4],
+        /// Ignored: VT-d has none.
+        archid: U64,
+        /// First address.
+        virt_start: U64,
+        /// How many pages.
+        nr_pages: U64,
+        /// Bits of a byte offset in such a page.
+        granule: u8,
+        /// Ignored.
+        reserved3: [u8; 11],
+    }
+);
+
+wire!(
+    /// Experimental: `struct virtio_iommu_probe_pgt_vtd`: a VT-d unit's registers, as far as they
+    /// matter for first-stage tables.
+    ProbePgtVtd, 24 {
+        /// Type PAGE_TABLE_FMT, length 20.
+        head: ProbeProperty,
+        /// PGTF_VTD.
+        format: U16,
+        /// Zero.
+        reserved: [u8; 2],
+        /// Capability register.
+        cap_reg: U64,
+        /// Extended capability register.
+        ecap_reg: U64,
     }
 );
 
