@@ -534,6 +534,27 @@ fn requests_without_pasid_and_with_other_pasids_see_nothing_of_a_process() {
 }
 
 #[test]
+fn data_never_reaches_the_interrupt_range_and_forged_messages_are_not_data() {
+    let guest = Guest::new(None);
+    let process = guest.bind(0);
+    let (msi, channel) = (0xfee0_1000, guest.channel(0));
+    // Even where the guest maps it: to requests without PASID the range is interrupts only.
+    let page = process.touch(msi);
+    for operation in [Operation::Fill, Operation::Checksum] {
+        channel.start(operation, How::default(), msi, msi, 64);
+        let end = channel.end().unwrap();
+        end.expect_failure(Reason::Fault, msi, "data in the interrupt range")
+            .unwrap();
+    }
+    assert_eq!(guest.faults(), [(None, msi), (None, msi)]);
+    // Nobody takes messages here, and the page is untouched.
+    channel.set_pattern(0x4041);
+    channel.start(Operation::Message, How::default(), 0, msi, 0);
+    assert_eq!(channel.end().unwrap().result, 0);
+    assert_eq!(guest.peek(page), 0);
+}
+
+#[test]
 fn an_unmap_while_dma_runs_is_complete_when_its_wait_is_done() {
     let guest = Guest::new(None);
     let process = guest.bind(3);
