@@ -1,7 +1,8 @@
 //! What a translation of the software engine costs, against a raw pointer walk of the same tables
 //! in the same run.
 //!
-//! `cargo bench -p viommu --bench translate`. Every figure is nanoseconds per dependent
+//! `cargo bench -p viommu --bench translate [-- LEAVES…]`, where LEAVES is how many tables of
+//! level 1 there are (4, 128, 2048 and 32768 unless said otherwise). Every figure is nanoseconds per dependent
 //! translation: the next address depends on the last result, so nothing overlaps. Rounds are
 //! interleaved with the raw walk's, and the ratio is the median of the rounds' ratios: on a
 //! shared machine only ratios mean something.
@@ -270,12 +271,18 @@ fn main() {
             .collect(),
     );
     println!("empty loop {empty:.1} ns (part of every figure below)");
+    let wanted: Vec<u64> = std::env::args()
+        .filter_map(|arg| arg.parse().ok())
+        .collect();
     for (leaves, count) in [
         (4u64, 1u64 << 20),
         (128, 1 << 20),
         (2048, 1 << 19),
         (32768, 1 << 18),
     ] {
+        if !wanted.is_empty() && !wanted.contains(&leaves) {
+            continue;
+        }
         let tables = Tables::new(leaves);
         let host = tables.host();
         let (root, outer) = (tables.stage1.root.0, tables.stage2.root.0);

@@ -30,6 +30,7 @@ mod stress;
 mod tests;
 
 use std::collections::{HashMap, HashSet};
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -88,6 +89,8 @@ pub struct Engine {
 /// What the engine's clones and its ports share.
 struct Shared {
     ram: GuestRam,
+    /// The largest region of it.
+    main_ram: RangeInclusive<u64>,
     config: Config,
     /// How many times everything was invalidated.
     generation: AtomicU64,
@@ -117,6 +120,7 @@ impl Engine {
     pub fn with_config(ram: GuestRam, config: Config) -> Self {
         Self {
             shared: Arc::new(Shared {
+                main_ram: tables::largest_region(&ram),
                 ram,
                 config,
                 generation: AtomicU64::new(0),

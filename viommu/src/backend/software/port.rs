@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::Guard;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 use super::Shared;
 use super::endpoint::Endpoint;
@@ -179,7 +179,7 @@ impl Drop for Port {
     }
 }
 
-/// In a cached value: the whole page is RAM, of one or more regions.
+/// In a cached value: the whole page lies in the largest region of RAM.
 const IN_RAM: u64 = Allowed::MASK + 1;
 
 /// Where an address lies.
@@ -188,7 +188,7 @@ pub(crate) struct Located {
     pub(crate) gpa: u64,
     /// How many bytes of the page follow from there on.
     pub(crate) rest: u64,
-    /// They are all RAM; if not, some may be.
+    /// They are all RAM, in one region. If not known to be, each may be or not.
     pub(crate) in_ram: bool,
 }
 
@@ -323,8 +323,9 @@ impl Access<'_> {
             cache: iotlb,
         };
         let page = space.walk(walker, iova, request, self.target().pasid.is_some())?;
+        let main = &self.port.shared.main_ram;
         let whole =
-            GuestMemoryBackend::check_range(self.ram(), GuestAddress(page.base), 1 << page.shift);
+            main.contains(&page.base) && main.contains(&(page.base | ((1 << page.shift) - 1)));
         let in_ram = if whole { IN_RAM } else { 0 };
         let value = page.base | in_ram | page.allowed.into_bits();
         if let Some(iotlb) = iotlb {

@@ -1,12 +1,23 @@
 //! Guest tables in guest RAM: 64-bit entries, read and updated as a unit that walks them does.
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileMemory,
 };
 
+/// The largest region of RAM, where most pages are: what lies there is known to be RAM without a
+/// search.
+pub(super) fn largest_region(ram: &GuestMemoryMmap<()>) -> RangeInclusive<u64> {
+    let ranges = ram.iter().map(|r| r.start_addr().0..=r.last_addr().0);
+    let largest = ranges.max_by_key(|r| r.end() - r.start());
+    // Without RAM: a range that no page fits in.
+    largest.unwrap_or(u64::MAX..=u64::MAX)
+}
+
 /// Runs `work` on the entry at `gpa`; `None` when there is no RAM or `gpa` is not 8-byte aligned.
+#[inline]
 fn with_entry<R>(
     ram: &GuestMemoryMmap<()>,
     gpa: u64,

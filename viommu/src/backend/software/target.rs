@@ -105,11 +105,14 @@ fn around_interrupts(page: Page, iova: u64, has_pasid: bool) -> Result<Page, Fau
         let last = first | ((1 << shift) - 1);
         first <= *INTERRUPT_RANGE.end() && *INTERRUPT_RANGE.start() <= last
     };
-    let parts = CACHED.map(|shift| page.part(iova, shift));
     let clear = |part: &Page| {
         let input = iova >> part.shift << part.shift;
         (has_pasid || !touches(input, part.shift)) && !touches(part.base, part.shift)
     };
+    if clear(&page) {
+        return Ok(page);
+    }
+    let parts = CACHED.map(|shift| page.part(iova, shift));
     parts
         .into_iter()
         .find(clear)
