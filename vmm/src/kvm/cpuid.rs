@@ -20,7 +20,9 @@ pub fn address_width(supported: &[kvm_cpuid_entry2]) -> u8 {
         .find(|e| e.function == 0x8000_0008)
         .map_or(36, |e| e.eax);
     match (eax as u8, (eax >> 16) as u8) {
-        (width, 0) => width,
+        // Four levels of host page tables map 48 bits, and an older kernel does not say whether
+        // it has a fifth.
+        (width, 0) => width.min(48),
         (width, mappable) => width.min(mappable),
     }
 }
