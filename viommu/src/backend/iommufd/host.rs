@@ -604,6 +604,13 @@ impl Backend for HostIommu {
     }
 
     fn destroy_domain(&self, domain: DomainId) {
+        // Out of reach first: an `apply` that has it already holds its endpoint's lock, and is
+        // found below; a later one is refused. The mappings stay until nobody uses them.
+        let gone = self
+            .domains
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&domain);
         for endpoint in self.endpoints().values() {
             let mut state = endpoint.state();
             let users = state
@@ -617,8 +624,7 @@ impl Backend for HostIommu {
                 let _stopped = self.block(endpoint, &mut state, pasid);
             }
         }
-        let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
-        domains.remove(&domain);
+        drop(gone);
     }
 
     fn map(&self, domain: DomainId, mappings: &[Mapping]) -> Result<(), Refused> {
