@@ -567,6 +567,19 @@ mod tests {
         assert_eq!(size_of::<sys::vfio_device_detach_iommufd_pt>(), 12);
     }
 
+    #[test]
+    fn each_error_of_a_bind_says_what_it_means_and_what_helps() {
+        let reason = |number| bind_reason(&io::Error::from_raw_os_error(number));
+        assert!(reason(libc::EPERM).contains("allow_unsafe_interrupts=1"));
+        assert!(reason(libc::EBUSY).contains("nestling doctor"));
+        assert!(
+            reason(libc::EINVAL).contains("another process")
+                && reason(libc::EINVAL).contains("RMRR")
+        );
+        assert!(reason(libc::ENODEV).contains("VT-d"));
+        assert!(reason(libc::EIO).contains("os error 5"));
+    }
+
     fn description(flags: u32, cap: u32, length: u64) -> [u64; REGION_WORDS] {
         let mut words = [0; REGION_WORDS];
         words[0] = u64::from(flags) << 32;
