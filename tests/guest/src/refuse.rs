@@ -13,7 +13,7 @@ use crate::harness::{Lab, Test};
 
 /// The tests.
 pub const TESTS: &[Test] = &[
-    Test::new("bad_input_is_refused_in_one_sentence", table),
+    Test::new("bad_input_is_refused_in_one_sentence", table).tiny(),
     Test::new("a_host_without_kvm_is_refused_in_one_sentence", no_kvm),
 ];
 
@@ -205,6 +205,7 @@ fn no_kvm(lab: &Lab) -> Result<()> {
 fn refused(lab: &Lab, case: &Bad, change: impl FnOnce(&mut Command)) -> Result<()> {
     let socket = lab.file("refused.sock");
     let serial = lab.file("refused.log");
+    let _ = fs::remove_file(&serial);
     let mut command = Command::new(lab.nestling());
     command.arg("run").args(&case.arguments);
     let has = |option: &str| case.arguments.iter().any(|a| a == option);
