@@ -260,8 +260,10 @@ impl Channel {
         self.state
     }
 
+    /// Whether an operation has not ended. One whose last step is in flight has not, even if the
+    /// response that ends it came already.
     pub(super) fn is_busy(&self) -> bool {
-        matches!(self.state, State::Running | State::Waiting)
+        self.in_flight || matches!(self.state, State::Running | State::Waiting)
     }
 
     /// Which START the channel is at.
@@ -272,8 +274,7 @@ impl Channel {
     /// The vector to signal if an operation has ended. While its last step is in flight it has
     /// not: the end of that step signals.
     pub(super) fn ended(&self) -> Option<u16> {
-        self.interrupt()
-            .filter(|_| !self.is_busy() && !self.in_flight)
+        self.interrupt().filter(|_| !self.is_busy())
     }
 
     /// The vector to signal when an operation ends.
@@ -287,6 +288,9 @@ impl Channel {
         let half = |value: u64| (value >> (8 * (at & 4))) as u32;
         match at {
             offset::CONTROL => 0,
+            offset::STATUS if self.in_flight && self.state != State::Waiting => {
+                State::Running.bits()
+            }
             offset::STATUS => self.state.bits(),
             offset::OPERATION => self.operation,
             offset::FLAGS => self.flags,
@@ -588,4 +592,58 @@ pub(super) fn checksum(hash: u64, bytes: &[u8]) -> u64 {
     bytes.iter().fold(hash, |hash, &byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asking() -> (Channel, Enables) {
+        let mut channel = Channel::new(3);
+        channel.write(offset::OPERATION, operation::PAGE_REQUEST);
+        channel.write(offset::FLAGS, flag::INTERRUPT);
+        assert!(!channel.start());
+        let enables = Enables {
+            bus_master: true,
+            ats: true,
+            pri: true,
+            allocation: 1,
+            ..Enables::default()
+        };
+        (channel, enables)
+    }
+
+    #[test]
+    fn a_response_before_the_step_is_over_does_not_end_the_operation_yet() {
+        let (mut channel, enables) = asking();
+        let job = channel.step(enables).unwrap().unwrap();
+        let outcome = Outcome {
+            done: 0,
+            result: 0,
+            stop: Some(Stop::Ask),
+        };
+        let ask = channel.apply(&job, outcome).unwrap();
+        channel.wait(ask);
+        channel.respond(ResponseCode::Success);
+        assert_eq!(channel.read(offset::STATUS), State::Running.bits());
+        assert_eq!(channel.ended(), None, "its interrupt comes at the end");
+        assert!(
+            !channel.start() && channel.number() == job.number,
+            "nor can another begin"
+        );
+        channel.landed();
+        assert_eq!(channel.read(offset::STATUS), State::Done.bits());
+        assert_eq!(channel.ended(), Some(3));
+    }
+
+    #[test]
+    fn an_abort_while_a_step_is_in_flight_ends_when_that_does() {
+        let (mut channel, enables) = asking();
+        channel.step(enables).unwrap().unwrap();
+        assert!(!channel.abort());
+        assert_eq!(channel.read(offset::STATUS), State::Running.bits());
+        channel.landed();
+        assert_eq!(channel.read(offset::STATUS), State::Aborted.bits());
+        assert_eq!(channel.ended(), Some(3));
+    }
 }
