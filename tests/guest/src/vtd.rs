@@ -52,13 +52,13 @@ pub const TESTS: &[Test] = &[
     ),
     Test::new("a_unit_of_39_bits_works", |lab| {
         Behind::new(Guest::lab_kernel())
-            .unit("address-width=39")
+            .unit("address_width=39")
             .lazy()
             .works(lab)
     }),
     Test::new("a_unit_of_57_bits_works_with_5_level_cpus", |lab| {
         Behind::new(Guest::lab_kernel().cpus(2))
-            .unit("address-width=57")
+            .unit("address_width=57")
             .lazy()
             .works(lab)
     }),

@@ -77,7 +77,9 @@ impl Group {
         for part in split_commas(text).map_err(|why| SchemaError(format!("--{option} {why}")))? {
             let (field, value) = match part.split_once('=') {
                 Some((name, value)) => {
-                    let field = self.fields.iter().find(|f| f.option == name);
+                    // `pasid-bits` is as good as `pasid_bits`: who writes options, writes both.
+                    let plain = name.replace('-', "_");
+                    let field = self.fields.iter().find(|f| f.option == plain);
                     let field = field.ok_or_else(|| {
                         let known = self.fields.iter().map(|f| f.option);
                         unknown(&format!("--{option} has no key"), name, known)

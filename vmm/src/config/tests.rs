@@ -146,7 +146,7 @@ fn a_device_behind_the_default_viommu_gets_one() {
         ("disk", "path=a,iommu=on"),
         ("net", "tap=t,viommu=b"),
         ("viommu", "type=vtd,id=a,mode=legacy"),
-        ("viommu", "id=b,mode=legacy,address_width=39"),
+        ("viommu", "id=b,mode=legacy,address-width=39"),
     ]);
     assert_eq!(named.viommus.len(), 2);
     assert_eq!(named.viommus[1].address_width, Some(39));
