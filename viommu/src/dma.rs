@@ -21,8 +21,9 @@
 //! guest or on the network, and never keep one across `epoll_wait`. A thread that holds one must
 //! not call a back end or a front end (it would wait for itself; debug builds panic there).
 //!
-//! Faults are reported when the `DmaAccess` is dropped, one per failed access: the front end may
-//! take its lock then, which an invalidation that waits for this very access may hold.
+//! Faults are reported when the `DmaAccess` is dropped, one for each failed access and at most 16:
+//! the front end may take its lock then, which an invalidation that waits for this very
+//! `DmaAccess` may hold.
 
 use std::fmt;
 use std::iter::FusedIterator;

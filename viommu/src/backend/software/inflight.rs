@@ -124,13 +124,22 @@ impl Slot {
         if let Some(known) = known.find(|&(a, b)| a <= first && last <= b) {
             return known;
         }
+        // Widening a range only adds to what is announced, so who reads a torn pair meanwhile
+        // still finds what was announced before.
+        if let Some(bounds) = count.checked_sub(1).and_then(|at| self.ranges.get(at)) {
+            // A scattered buffer often has one piece of the IOVA space.
+            let (a, b) = bounds.get();
+            if b.checked_add(1) == Some(first) {
+                bounds.set(a, last);
+                self.state.fetch_or(BUSY, Ordering::SeqCst);
+                return (a, last);
+            }
+        }
         if let Some(free) = self.ranges.get(count) {
             free.set(first, last);
             self.state.fetch_add(1, Ordering::SeqCst);
             return (first, last);
         }
-        // Widening only adds to what is announced, so who reads a torn pair meanwhile still finds
-        // what was announced before.
         let hull = |(a, b): (u64, u64), (c, d)| (a.min(c), b.max(d));
         let all = self
             .ranges
@@ -236,6 +245,21 @@ mod tests {
         slot.announce(u64::MAX, u64::MAX);
         slot.announce(0, 0);
         assert!(slot.uses(&(u64::MAX..=u64::MAX)).is_some());
+    }
+
+    #[test]
+    fn pieces_that_follow_each_other_are_one_range() {
+        let slot = Slot::default();
+        assert!(slot.begin());
+        slot.announce(0x1000, 0x1fff);
+        let mut covering = (0, 0);
+        for page in 0x10..0x1000u64 {
+            covering = slot.announce(page << 12, page << 12 | 0xfff);
+        }
+        assert_eq!(covering, (0x1_0000, 0xff_ffff));
+        assert_eq!(slot.uses(&(0x2000..=0xffff)), None, "no hull was needed");
+        assert!(slot.uses(&(0x1000..=0x1000)).is_some());
+        assert!(slot.uses(&(0xff_ffff..=0xff_ffff)).is_some());
     }
 
     #[test]

@@ -101,6 +101,16 @@ struct Shared {
     next_domain: AtomicU32,
 }
 
+impl Drop for Shared {
+    /// A domain and the targets that use it hold each other; whoever drops the engine without
+    /// releasing its endpoints must not leave them behind.
+    fn drop(&mut self) {
+        for domain in read(&self.domains).values() {
+            lock(&domain.users).clear();
+        }
+    }
+}
+
 fn read<T>(shared: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     shared.read().unwrap_or_else(PoisonError::into_inner)
 }

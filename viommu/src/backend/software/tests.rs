@@ -667,3 +667,15 @@ fn a_mapping_outside_memory_is_refused_unless_it_is_of_a_device() {
         "an emulated device has no peers"
     );
 }
+
+#[test]
+fn an_engine_that_is_dropped_takes_its_domains_along() {
+    let guest = Guest::new();
+    let domain = guest.engine.create_domain().unwrap();
+    let translation = Translation::Domain(domain);
+    guest.engine.apply(PLAIN, translation).unwrap();
+    let kept = Arc::downgrade(&guest.engine.domain(domain).unwrap());
+    assert!(kept.upgrade().is_some());
+    drop(guest);
+    assert!(kept.upgrade().is_none());
+}
