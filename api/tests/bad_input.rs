@@ -195,6 +195,27 @@ mod bad_input {
             &["/nonexistent/disk"],
         );
         assert!(!Path::new(&socket).exists());
+        let log = scratch.0.join("log");
+        let serial = format!("file={}", log.display());
+        refused(
+            &[
+                "run",
+                "--kernel",
+                &kernel,
+                "--serial",
+                &serial,
+                "--disk",
+                "path=/nonexistent/disk",
+            ],
+            1,
+            &["/nonexistent/disk"],
+        );
+        assert!(!log.exists());
+        refused(
+            &["run", "--kernel", &kernel, "--memory", "size=4096T"],
+            1,
+            &["size=4096T", "give less"],
+        );
     }
 
     #[test]

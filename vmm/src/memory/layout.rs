@@ -15,6 +15,8 @@ use std::fmt;
 
 use viommu::reserved::{Regions, X86_MSI};
 
+use crate::config::Size;
+
 /// A range of guest-physical addresses in bytes, both ends inclusive.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Range {
@@ -156,11 +158,11 @@ pub enum LayoutError {
     },
     /// RAM and the 64-bit aperture do not fit in the address width.
     #[error(
-        "memory size={ram:#x} does not fit in {address_width} bits of guest-physical address beside reserved ranges; give less"
+        "memory size={ram} does not fit in {address_width} bits of guest-physical address beside reserved ranges; give less"
     )]
     TooWide {
-        /// RAM in bytes.
-        ram: u64,
+        /// RAM.
+        ram: Size,
         /// Bits.
         address_width: u8,
     },
@@ -208,7 +210,10 @@ pub fn compose(
         }
     })?;
 
-    let too_wide = LayoutError::TooWide { ram, address_width };
+    let too_wide = LayoutError::TooWide {
+        ram: Size(ram),
+        address_width,
+    };
     let top = match address_width {
         33..=63 => (1u64 << address_width) - 1,
         64.. => u64::MAX >> 1,

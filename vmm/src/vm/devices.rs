@@ -23,7 +23,7 @@ use viommu::{GuestRam, Rid};
 
 use super::buses::Buses;
 use super::event_loop::Input;
-use super::terminal_io::{self, PipeInput, SerialInput};
+use super::terminal_io::{self, LateFile, PipeInput, SerialInput};
 use super::viommus::{ViommuError, Viommus};
 use crate::config::{Behind, Mac, SerialMode, Validated};
 use crate::interrupts::Interrupts;
@@ -93,6 +93,7 @@ pub(super) struct Devices {
     root: Arc<PciRoot>,
     viommus: Viommus,
     serial: Arc<SerialPort>,
+    serial_file: LateFile,
     power_button: Arc<dyn IrqLine>,
     ecam: u64,
     /// What is typed goes here, if not to the serial port.
@@ -124,7 +125,9 @@ impl Devices {
         if config.platform.debug_exit {
             on_ports(DebugExit::PORT, 1, Arc::new(DebugExit(power.clone())))?;
         }
-        let serial = SerialPort::new(ioapic.line(SerialPort::COM1_IRQ), serial_output(config)?);
+        let serial_file = LateFile::default();
+        let output = serial_output(config, &serial_file)?;
+        let serial = SerialPort::new(ioapic.line(SerialPort::COM1_IRQ), output);
         let serial = Arc::new(serial.map_err(|source| DeviceError::Host {
             what: "an event for the serial port",
             source,
@@ -155,6 +158,7 @@ impl Devices {
             buses: Buses { mmio, pio, ioapic },
             root: root.clone(),
             serial,
+            serial_file,
             ecam: layout.ecam.first,
             console_input: None,
             serial_has_terminal: config.serial.mode == SerialMode::Tty,
@@ -277,6 +281,25 @@ impl Devices {
         &self.viommus
     }
 
+    /// The last step of building a VM: opens the files that a VM which cannot be built would
+    /// leave behind.
+    pub(super) fn open_files(
+        &self,
+        config: &Validated,
+        first_boot: bool,
+    ) -> Result<(), DeviceError> {
+        let Some(path) = &config.serial.file else {
+            return Ok(());
+        };
+        self.serial_file
+            .open(path, first_boot)
+            .map_err(|source| DeviceError::Output {
+                what: "serial",
+                path: path.clone(),
+                source,
+            })
+    }
+
     /// Where vCPUs' exits go.
     pub(super) fn buses(&self) -> &Buses {
         &self.buses
@@ -314,9 +337,12 @@ fn default_mac(position: usize) -> Mac {
     Mac([0x02, b'n', b'e', b's', b't', position as u8])
 }
 
-fn serial_output(config: &Validated) -> Result<Box<dyn Write + Send>, DeviceError> {
-    match (config.serial.mode, &config.serial.file) {
-        (SerialMode::Tty, _) => match terminal_io::stdout() {
+fn serial_output(
+    config: &Validated,
+    file: &LateFile,
+) -> Result<Box<dyn Write + Send>, DeviceError> {
+    match config.serial.mode {
+        SerialMode::Tty => match terminal_io::stdout() {
             // Not through Rust's buffer: the guest's prompt has no newline.
             Ok(stdout) => Ok(Box::new(File::from(stdout))),
             Err(source) => Err(DeviceError::Host {
@@ -324,15 +350,8 @@ fn serial_output(config: &Validated) -> Result<Box<dyn Write + Send>, DeviceErro
                 source,
             }),
         },
-        (SerialMode::File, Some(path)) => match File::create(path) {
-            Ok(file) => Ok(Box::new(file)),
-            Err(source) => Err(DeviceError::Output {
-                what: "serial",
-                path: path.clone(),
-                source,
-            }),
-        },
-        (SerialMode::Null | SerialMode::File, _) => Ok(Box::new(io::sink())),
+        SerialMode::File => Ok(Box::new(file.clone())),
+        SerialMode::Null => Ok(Box::new(io::sink())),
     }
 }
 

@@ -78,8 +78,10 @@ pub fn run(config: &Validated) -> Result<Outcome, VmError> {
     let kvm = Host::open()?;
     // Before any thread, so that all of them leave the signals to the event loop.
     let mut signals = Signals::block().map_err(host("a descriptor for signals"))?;
+    let mut first_boot = true;
     loop {
-        let vm = Vm::build(config, &kvm)?;
+        let vm = Vm::build(config, &kvm, first_boot)?;
+        first_boot = false;
         let wake;
         (wake, signals) = vm.run(signals)?;
         match wake {
@@ -105,7 +107,7 @@ struct Vm {
 }
 
 impl Vm {
-    fn build(config: &Validated, host_kvm: &Host) -> Result<Self, VmError> {
+    fn build(config: &Validated, host_kvm: &Host, first_boot: bool) -> Result<Self, VmError> {
         let size = config.memory.size.0;
         let layout = layout::compose(size, host_kvm.address_width(), &[])?;
         let ram = ram::allocate(&config.memory, &layout)?;
@@ -130,6 +132,7 @@ impl Vm {
             registers::set_up(&vcpu, index, &cpuid, (index == 0).then_some(entry))?;
             vcpus.push(vcpu);
         }
+        devices.open_files(config, first_boot)?;
         Ok(Self {
             vcpus,
             devices,

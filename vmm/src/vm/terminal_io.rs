@@ -6,7 +6,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use devices::legacy::SerialPort;
 use devices::virtio::{ConsoleBackend, ConsoleConfig};
@@ -53,6 +54,38 @@ impl Input for PipeInput {
 
     fn room(&self) -> (RawFd, EventSet) {
         (self.0.as_raw_fd(), EventSet::OUT)
+    }
+}
+
+/// A file that is opened once everything else of the VM is there, so that a VM that cannot be
+/// built leaves no file behind. No guest runs before it is open.
+#[derive(Clone, Debug, Default)]
+pub(super) struct LateFile(Arc<OnceLock<File>>);
+
+impl LateFile {
+    /// Opens it: empty on the first boot, and after a reboot to go on where the last one ended.
+    pub(super) fn open(&self, path: &Path, first_boot: bool) -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        match first_boot {
+            true => options.write(true).create(true).truncate(true),
+            false => options.append(true).create(true),
+        };
+        // Already open only if this is called twice.
+        let _ = self.0.set(options.open(path)?);
+        Ok(())
+    }
+}
+
+impl Write for LateFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0.get() {
+            Some(mut file) => file.write(bytes),
+            None => Ok(bytes.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
