@@ -25,6 +25,8 @@ fn nothing_odd(lab: &Lab) -> Result<()> {
     fs::write(lab.logs().join("lspci"), &text)?;
     let bytes = guest.run("/usr/bin/lspci -xxxx")?;
     fs::write(lab.logs().join("lspci-bytes"), &bytes)?;
+    // This lspci has no name for the fifth of virtio's capabilities, which 4.1.4.9 demands.
+    let known = text.replace("VirtIO: <unknown>", "VirtIO: PciCfg");
     for odd in [
         "!!!",
         "access denied",
@@ -33,7 +35,10 @@ fn nothing_odd(lab: &Lab) -> Result<()> {
         "[disabled]",
         "rev ff",
     ] {
-        ensure!(!text.contains(odd), "lspci says {odd:?}:\n{text}");
+        ensure!(
+            !known.contains(odd),
+            "lspci says {odd:?}; see the file lspci in the logs"
+        );
     }
     let functions: Vec<&str> = text
         .split("\n\n")
