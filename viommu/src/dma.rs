@@ -25,6 +25,8 @@
 //! the front end may take its lock then, which an invalidation that waits for this very
 //! `DmaAccess` may hold.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::iter::FusedIterator;
 

@@ -7,6 +7,7 @@
 //!
 //! Built for tests and with the feature `conformance`. A broken promise panics.
 
+#![forbid(unsafe_code)]
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,

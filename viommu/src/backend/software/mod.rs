@@ -1,13 +1,15 @@
 //! The software engine: walks the guest's tables for emulated and vfio-user devices.
 //!
-//! From the device's side: [`port`] translates through the port's own [`iotlb`], and on a miss
-//! through [`walk`] (or the [`domain`]'s mappings). From the front end's side: [`Engine`]
-//! implements [`Backend`], changes what is in force for a [`target`] and waits for the DMA that
-//! is [`inflight`]. The two sides meet in a generation and in the ranges that a port announces;
+//! From the device's side: `port` translates through the port's own `iotlb`, and on a miss
+//! through `walk` (or the `domain`'s mappings). From the front end's side: [`Engine`]
+//! implements [`Backend`], changes what is in force for a `target` and waits for the DMA that
+//! is `inflight`. The two sides meet in a generation and in the ranges that a port announces;
 //! a translation that hits takes no lock.
 //!
 //! Lock order: `control`, then `endpoints`, then `domains`, then those of an endpoint, a domain
 //! and a target. No lock is held while an access is waited for or an [`EventSink`] is called.
+
+#![forbid(unsafe_code)]
 
 mod domain;
 mod endpoint;
