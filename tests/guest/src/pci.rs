@@ -44,7 +44,10 @@ fn nothing_odd(lab: &Lab) -> Result<()> {
         .split("\n\n")
         .filter(|f| !f.trim().is_empty())
         .collect();
-    let virtio: Vec<&&str> = functions.iter().filter(|f| f.contains("[1af4:")).collect();
+    let virtio: Vec<&&str> = functions
+        .iter()
+        .filter(|f| f.lines().next().is_some_and(|line| line.contains("[1af4:")))
+        .collect();
     ensure!(
         virtio.len() >= 4,
         "of disk, net, rng and console only {} are there",
