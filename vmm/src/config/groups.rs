@@ -139,6 +139,25 @@ options! {
 }
 
 options! {
+    /// A PCI device of the host, given to the guest. It must be bound to vfio-pci; nestling doctor
+    /// says what this host can do with each of its devices. May be given several times.
+    pub struct DeviceConfig {
+        /// The device in sysfs, for example /sys/bus/pci/devices/0000:01:00.0.
+        pub path: PathBuf, required;
+        /// The device's name, unique in the VM.
+        pub id: Option<String>;
+        /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.
+        /// Without, it reaches all guest memory, and nothing else.
+        pub iommu: bool = false;
+        /// Put it behind the vIOMMU of this id.
+        pub viommu: Option<String>;
+        /// Where in its configuration space the guest finds its PASID capability: a multiple of 4
+        /// from 256 to 4088 where the vendor has no registers. By itself, a place that reads as 0.
+        pub pasid_offset: Option<u16>;
+    }
+}
+
+options! {
     /// A DMA test engine: a PCI function that does whatever DMA it is told to, to test an IOMMU.
     /// May be given several times.
     pub struct TestDeviceConfig {

@@ -14,6 +14,7 @@ pub mod values;
 pub mod fuzz;
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -45,7 +46,9 @@ pub struct VmConfig {
     pub serial: SerialConfig,
     /// The virtio console.
     pub console: ConsoleConfig,
-    /// DMA test engines, after everything else.
+    /// Devices of the host, from PCI device number 16 on.
+    pub devices: Vec<DeviceConfig>,
+    /// DMA test engines, after the other emulated devices.
     pub test_devices: Vec<TestDeviceConfig>,
     /// The vIOMMUs.
     pub viommus: Vec<ViommuConfig>,
@@ -95,6 +98,7 @@ pub const SECTIONS: &[Section] = &[
     one("rng", RngConfig::GROUP),
     one("serial", SerialConfig::GROUP),
     one("console", ConsoleConfig::GROUP),
+    many("device", "devices", DeviceConfig::GROUP),
     many("test-device", "test_devices", TestDeviceConfig::GROUP),
     many("viommu", "viommus", ViommuConfig::GROUP),
     one("platform", PlatformConfig::GROUP),
@@ -284,6 +288,7 @@ impl VmConfig {
             ));
         }
         self.check_consoles()?;
+        self.check_devices()?;
         self.check_test_devices()?;
         if self.viommus.is_empty() && self.behind().any(|b| b == Behind::Default) {
             self.viommus.push(ViommuConfig::default());
@@ -311,6 +316,31 @@ impl VmConfig {
             ));
         }
         Ok(Validated(self))
+    }
+
+    fn check_devices(&self) -> Result<(), ConfigError> {
+        let mut seen = BTreeSet::new();
+        for device in &self.devices {
+            let path = device.path.display();
+            if device.path.file_name().is_none() {
+                return Err(ConfigError(format!(
+                    "device path={path} names no device; give for example /sys/bus/pci/devices/0000:01:00.0"
+                )));
+            }
+            if !seen.insert(device.path.components().collect::<PathBuf>()) {
+                return Err(ConfigError(format!(
+                    "device path={path} is given twice; give each device once"
+                )));
+            }
+            if let Some(offset) = device.pasid_offset
+                && (!(0x100..=0xff8).contains(&offset) || offset % 4 != 0)
+            {
+                return Err(ConfigError(format!(
+                    "device pasid_offset={offset} is no place for a capability; give a multiple of 4 from 256 to 4088"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn check_test_devices(&self) -> Result<(), ConfigError> {
@@ -358,11 +388,13 @@ impl VmConfig {
         let nets = self.net.iter().map(|n| (n.iommu, &n.viommu));
         let rng = [(self.rng.iommu, &self.rng.viommu)];
         let console = [(self.console.iommu, &self.console.viommu)];
+        let passed = self.devices.iter().map(|d| (d.iommu, &d.viommu));
         let tests = self.test_devices.iter().map(|t| (t.iommu, &t.viommu));
         disks
             .chain(nets)
             .chain(rng)
             .chain(console)
+            .chain(passed)
             .chain(tests)
             .map(|(iommu, viommu)| Behind::new(iommu, viommu.as_deref()))
     }
@@ -414,9 +446,10 @@ impl VmConfig {
         let mut seen = BTreeSet::new();
         let disks = self.disks.iter().filter_map(|d| d.id.as_deref());
         let nets = self.net.iter().filter_map(|n| n.id.as_deref());
+        let passed = self.devices.iter().filter_map(|d| d.id.as_deref());
         let tests = self.test_devices.iter().filter_map(|t| t.id.as_deref());
         let viommus = self.viommus.iter().map(|v| v.id.as_str());
-        for id in disks.chain(nets).chain(tests).chain(viommus) {
+        for id in disks.chain(nets).chain(passed).chain(tests).chain(viommus) {
             let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
             if id.is_empty() || id.len() > 64 || !id.bytes().all(plain) || id.starts_with("__") {
                 return Err(ConfigError(format!(

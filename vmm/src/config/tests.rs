@@ -119,6 +119,20 @@ fn a_configuration_that_makes_no_sense_is_refused() {
             vec![("disk", "path=a,viommu=x")],
             "viommu=x names no vIOMMU",
         ),
+        (
+            vec![("device", "path=/a"), ("device", "path=/a/")],
+            "given twice",
+        ),
+        (vec![("device", "path=/")], "names no device"),
+        (
+            vec![("device", "path=/a,pasid_offset=258")],
+            "multiple of 4",
+        ),
+        (vec![("device", "path=/a,viommu=x")], "names no vIOMMU"),
+        (
+            vec![("device", "path=/a,id=x"), ("disk", "path=b,id=x")],
+            "given twice",
+        ),
         (vec![("test-device", "ats=off")], "pri=on needs ATS"),
         (vec![("test-device", "pasid_bits=21")], "give 0 to 20"),
         (vec![("viommu", "type=virtio,nested=on")], "has no nested"),

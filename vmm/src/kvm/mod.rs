@@ -4,6 +4,7 @@ pub mod cpuid;
 pub mod registers;
 pub mod slots;
 pub mod vcpu;
+pub mod vfio;
 
 use std::io;
 use std::sync::Arc;

@@ -23,6 +23,7 @@ use viommu::{GuestRam, Rid};
 
 use super::buses::Buses;
 use super::event_loop::Input;
+use super::passthrough::{Passed, Passthrough, PassthroughError};
 use super::terminal_io::{self, LateFile, PipeInput, SerialInput};
 use super::viommus::{ViommuError, Viommus};
 use crate::config::{Behind, Mac, SerialMode, Validated};
@@ -61,6 +62,9 @@ pub enum DeviceError {
     /// A DMA test engine.
     #[error(transparent)]
     Test(#[from] NewError<ViommuError>),
+    /// A device of the host.
+    #[error(transparent)]
+    Passthrough(#[from] PassthroughError),
     /// The PCI root.
     #[error(transparent)]
     Pci(#[from] RootError),
@@ -92,6 +96,8 @@ pub(super) struct Devices {
     buses: Buses,
     root: Arc<PciRoot>,
     viommus: Viommus,
+    // After `viommus`, which let go of them first.
+    passed: Vec<Passed>,
     serial: Arc<SerialPort>,
     serial_file: LateFile,
     power_button: Arc<dyn IrqLine>,
@@ -109,6 +115,7 @@ impl Devices {
         ram: &GuestRam,
         interrupts: &Arc<Interrupts>,
         events: &Arc<EventLine>,
+        passthrough: Option<&Passthrough>,
     ) -> Result<Self, DeviceError> {
         let (mmio, pio) = (Arc::new(Bus::mmio()), Arc::new(Bus::pio()));
         let ioapic = Ioapic::new(interrupts.clone());
@@ -144,6 +151,10 @@ impl Devices {
             pio.clone(),
             interrupts.clone(),
         );
+        let waiting = match passthrough {
+            Some(passthrough) => passthrough.admit(&config.devices, &root)?,
+            None => Vec::new(),
+        };
         let viommus = Viommus::new(
             &config.viommus,
             &config.platform,
@@ -151,9 +162,11 @@ impl Devices {
             ram,
             interrupts,
             &mmio,
+            passthrough.map(|p| &**p.host()),
         )?;
         let mut devices = Self {
             viommus,
+            passed: Vec::new(),
             power_button: ioapic.line(POWER_BUTTON_PIN),
             buses: Buses { mmio, pio, ioapic },
             root: root.clone(),
@@ -177,6 +190,9 @@ impl Devices {
         devices.add_virtio_iommus(interrupts)?;
         devices.add_virtio(config, interrupts)?;
         devices.add_test_devices(config, interrupts)?;
+        if let Some(passthrough) = passthrough {
+            devices.passed = passthrough.connect(waiting, &mut devices.viommus, interrupts)?;
+        }
         Ok(devices)
     }
 
@@ -279,6 +295,11 @@ impl Devices {
     /// The vIOMMUs.
     pub(super) fn viommus(&self) -> &Viommus {
         &self.viommus
+    }
+
+    /// The host's devices.
+    pub(super) fn passed(&self) -> &[Passed] {
+        &self.passed
     }
 
     /// The last step of building a VM: opens the files that a VM which cannot be built would

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::vcpu::{EventLine, GuestEvent};
 use crate::terminal::Escape;
@@ -40,6 +41,14 @@ pub(super) struct OnSignal {
     pub(super) user1: Box<dyn Fn()>,
     /// SIGPWR.
     pub(super) power: Box<dyn Fn()>,
+}
+
+/// A descriptor to watch.
+pub(super) struct Watched {
+    /// Which.
+    pub(super) event: EventFd,
+    /// What to do each time that it is signalled.
+    pub(super) act: Box<dyn Fn()>,
 }
 
 /// Signals, blocked for the whole process and read from a file descriptor. Make it before any
@@ -102,6 +111,7 @@ pub(super) fn run(
     signals: Signals,
     on_signal: OnSignal,
     typed_into: Option<Box<dyn Input>>,
+    watched: Vec<Watched>,
 ) -> io::Result<(Wake, Signals)> {
     let ended = Ended::default();
     let signals = Rc::new(RefCell::new(Some(signals)));
@@ -116,6 +126,9 @@ pub(super) fn run(
         on_signal,
         ended: ended.clone(),
     }));
+    for one in watched {
+        manager.add_subscriber(Box::new(one));
+    }
     if let Some(target) = typed_into {
         manager.add_subscriber(Box::new(Keyboard {
             target,
@@ -158,6 +171,21 @@ impl MutEventSubscriber for GuestEnd {
         if let Some(event) = self.events.event() {
             end(&self.ended, Wake::Guest(event));
         }
+    }
+}
+
+impl MutEventSubscriber for Watched {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        add(
+            ops,
+            Events::new(&self.event, EventSet::IN),
+            "a device's event",
+        );
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        let _ = self.event.read();
+        (self.act)();
     }
 }
 

@@ -8,19 +8,23 @@ mod buses;
 mod devices;
 mod event_loop;
 mod pasids;
+mod passthrough;
 mod terminal_io;
 mod viommus;
 
 use std::io;
 use std::sync::Arc;
 
+use ::devices::interrupt::IrqLine;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use devices::DeviceError;
+pub use passthrough::PassthroughError;
 pub use viommus::{ViommuError, ViommuState, ViommuStates};
 
 use self::devices::Devices;
-use self::event_loop::{OnSignal, Signals, Wake};
+use self::event_loop::{OnSignal, Signals, Wake, Watched};
+use self::passthrough::Passthrough;
 use crate::acpi::{self, Platform};
 use crate::boot::{self, ACPI_AREA, BootError};
 use crate::config::{OnReboot, Validated};
@@ -102,6 +106,7 @@ pub fn run(config: &Validated) -> Result<Outcome, VmError> {
 struct Vm {
     vcpus: Vec<kvm_ioctls::VcpuFd>,
     devices: Devices,
+    _passthrough: Option<Passthrough>,
     kvm: Arc<kvm::Vm>,
     events: Arc<EventLine>,
 }
@@ -109,16 +114,29 @@ struct Vm {
 impl Vm {
     fn build(config: &Validated, host_kvm: &Host, first_boot: bool) -> Result<Self, VmError> {
         let size = config.memory.size.0;
-        let layout = layout::compose(size, host_kvm.address_width(), &[])?;
+        let reserved = passthrough::reserved(&config.devices).map_err(DeviceError::from)?;
+        let layout = layout::compose(size, host_kvm.address_width(), &reserved)?;
         let ram = ram::allocate(&config.memory, &layout)?;
         let memory_map = boot::memory_map(&layout);
-        let entry = boot::load(&ram, &layout, &config.payload, &memory_map, ACPI_AREA.first)?;
+        let (entry, iommu) = passthrough::open_during(&config.devices, &ram, || {
+            boot::load(&ram, &layout, &config.payload, &memory_map, ACPI_AREA.first)
+        });
+        let (entry, iommu) = (entry?, iommu.map_err(DeviceError::from)?);
 
         let cpus = config.cpus.boot_vcpus;
         let kvm = Arc::new(host_kvm.create_vm(ram.clone(), cpus)?);
         let interrupts = Interrupts::new(kvm.fd().clone());
         let events = Arc::new(EventLine::new().map_err(host("an event descriptor"))?);
-        let devices = Devices::new(config, &layout, &ram, &interrupts, &events)?;
+        let passthrough = iommu.map(|iommu| Passthrough::new(iommu, &kvm)).transpose();
+        let passthrough = passthrough.map_err(DeviceError::from)?;
+        let devices = Devices::new(
+            config,
+            &layout,
+            &ram,
+            &interrupts,
+            &events,
+            passthrough.as_ref(),
+        )?;
 
         let extra = devices.viommus().freeze().map_err(DeviceError::from)?;
         let tables = acpi::tables(&platform(&layout, cpus, &extra), ACPI_AREA)?;
@@ -136,6 +154,7 @@ impl Vm {
         Ok(Self {
             vcpus,
             devices,
+            _passthrough: passthrough,
             kvm,
             events,
         })
@@ -151,17 +170,52 @@ impl Vm {
         let vcpus = std::mem::take(&mut self.vcpus);
         let mut threads = VcpuThreads::start(&self.kvm, vcpus, &exits, &self.events)?;
         let front_ends = self.devices.viommus().front_ends();
-        let button = self.devices.power_button();
+        let watched = self.watched()?;
         let on_signal = OnSignal {
             user1: Box::new(move || print_state(&front_ends)),
-            power: Box::new(move || {
-                button.set(true);
-                button.set(false);
-            }),
+            power: Box::new(press(self.devices.power_button())),
         };
-        let ended = event_loop::run(self.events.clone(), signals, on_signal, typed_into);
+        let ended = event_loop::run(self.events.clone(), signals, on_signal, typed_into, watched);
         threads.stop();
         ended.map_err(host("the event loop"))
+    }
+
+    /// What the host says of its devices while the guest has them.
+    fn watched(&self) -> Result<Vec<Watched>, DeviceError> {
+        let mut watched = Vec::new();
+        for passed in self.devices.passed() {
+            let path = passed.path().display().to_string();
+            let (failed, wanted) = passed.events()?;
+            let (events, what) = (self.events.clone(), path.clone());
+            watched.push(Watched {
+                event: failed,
+                act: Box::new(move || {
+                    // What the device does from now on is undefined.
+                    events.report(GuestEvent::Failed(format!(
+                        "device path={what} had an uncorrected error; see the kernel's log of the host"
+                    )));
+                }),
+            });
+            let press = press(self.devices.power_button());
+            watched.push(Watched {
+                event: wanted,
+                act: Box::new(move || {
+                    log::warn!(
+                        "the host wants device path={path} back: the guest is asked to power off"
+                    );
+                    press();
+                }),
+            });
+        }
+        Ok(watched)
+    }
+}
+
+/// Presses the power button.
+fn press(button: Arc<dyn IrqLine>) -> impl Fn() {
+    move || {
+        button.set(true);
+        button.set(false);
     }
 }
 

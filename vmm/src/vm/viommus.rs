@@ -6,10 +6,12 @@
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice, BusError};
+use devices::passthrough::Before;
 use devices::virtio::VirtioIommu;
 use serde::Serialize;
+use viommu::backend::iommufd::HostIommu;
 use viommu::backend::software::{Config, EndpointConfig, Engine};
-use viommu::backend::{Backend, Refused};
+use viommu::backend::{Backend, Capabilities, Refused};
 use viommu::dma::DmaPort;
 use viommu::pasid;
 use viommu::reserved::Regions;
@@ -32,6 +34,22 @@ use crate::memory::layout::{Layout, VTD_UNITS};
 pub(super) const IOAPIC_ID: u8 = 0;
 /// The source-id of its interrupts: an address where no function is.
 const IOAPIC_SOURCE: Rid = Rid::new(0xff, 0x1f, 0);
+
+/// What a vIOMMU offers that has no tables of the guest's.
+const NOTHING: Capabilities = Capabilities {
+    stage1: false,
+    stage1_57: false,
+    stage1_1g: false,
+    sre: false,
+    eafe: false,
+    stage2: [false; 3],
+    nested: false,
+    pasid_bits: 0,
+    page_requests: false,
+    address_width: 0,
+    page_sizes: 0,
+    snoop_control: false,
+};
 
 /// Why a vIOMMU, or a device behind it, cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +163,9 @@ pub struct ViommuStates {
 impl Viommus {
     /// vIOMMUs as `configs` says, with no endpoints. VT-d units are on the bus then; virtio ones
     /// are put on the PCI bus by [`functions`](Self::functions).
+    ///
+    /// `host` has the devices that will be passed through: a virtio-iommu never offers more than
+    /// they can.
     pub(super) fn new(
         configs: &[ViommuConfig],
         platform: &PlatformConfig,
@@ -152,6 +173,7 @@ impl Viommus {
         ram: &GuestRam,
         interrupts: &Arc<Interrupts>,
         mmio: &Bus,
+        host: Option<&HostIommu>,
     ) -> Result<Self, ViommuError> {
         let engine = Engine::with_config(
             ram.clone(),
@@ -172,7 +194,7 @@ impl Viommus {
         for (n, config) in configs.iter().enumerate() {
             let front = match config.kind {
                 ViommuKind::Vtd => viommus.vtd_unit(n, config, interrupts, mmio)?,
-                ViommuKind::Virtio => viommus.virtio_unit(n, config)?,
+                ViommuKind::Virtio => viommus.virtio_unit(n, config, host)?,
             };
             viommus.placed.push(Placed {
                 front,
@@ -219,8 +241,20 @@ impl Viommus {
         })
     }
 
-    fn virtio_unit(&self, n: usize, config: &ViommuConfig) -> Result<FrontEnd, ViommuError> {
-        let offer = virtio::Config::compose(&self.engine.capabilities(), 0)?;
+    fn virtio_unit(
+        &self,
+        n: usize,
+        config: &ViommuConfig,
+        host: Option<&HostIommu>,
+    ) -> Result<FrontEnd, ViommuError> {
+        let (capabilities, reserved) = match host {
+            Some(host) => (
+                self.engine.capabilities().and(host.capabilities()),
+                host.reserved().iter().count(),
+            ),
+            None => (self.engine.capabilities(), 0),
+        };
+        let offer = virtio::Config::compose(&capabilities, reserved)?;
         Ok(FrontEnd::Virtio {
             id: config.id.clone(),
             unit: Arc::new(Iommu::new(virtio::Config {
@@ -255,12 +289,36 @@ impl Viommus {
         };
         self.pasids.limit(endpoint.pasid_bits);
         let port = self.engine.add_endpoint(rid, endpoint)?;
-        if let Err(why) = placed.front.add(rid, Arc::new(self.engine.clone())) {
+        let engine = Arc::new(self.engine.clone());
+        if let Err(why) = placed.front.add(rid, engine, Regions::new()) {
             self.engine.remove_endpoint(rid);
             return Err(why);
         }
         placed.endpoints.push(rid);
         Ok(port)
+    }
+
+    /// Puts the host's device `rid` there. It is blocked from here on, until the guest has put it
+    /// to use; in front of nothing it stays as it is.
+    pub(super) fn pass_through(
+        &mut self,
+        rid: Rid,
+        behind: Behind<'_>,
+        host: &Arc<HostIommu>,
+    ) -> Result<(), ViommuError> {
+        let Some(placed) = self.find(behind).and_then(|at| self.placed.get_mut(at)) else {
+            return Ok(());
+        };
+        self.pasids.limit(host.pasid_bits(rid));
+        placed.front.add(rid, host.clone(), host.reserved())?;
+        placed.endpoints.push(rid);
+        Ok(())
+    }
+
+    /// What stands before a device that is there. Fixes what that vIOMMU offers.
+    pub(super) fn before(&self, behind: Behind<'_>) -> Before {
+        let placed = self.find(behind).and_then(|at| self.placed.get(at));
+        placed.map_or(Before::Nothing, |p| Before::Viommu(p.front.offered()))
     }
 
     /// Who remaps the interrupts of a device that is there.
@@ -360,10 +418,34 @@ impl FrontEnd {
         }
     }
 
-    fn add(&self, rid: Rid, backend: Arc<dyn Backend>) -> Result<(), ViommuError> {
+    /// `reserved` is what a virtio-iommu tells the guest of the endpoint; with VT-d, a guest knows
+    /// the interrupt window by itself.
+    fn add(
+        &self,
+        rid: Rid,
+        backend: Arc<dyn Backend>,
+        reserved: Regions,
+    ) -> Result<(), ViommuError> {
         match self {
             Self::Vtd { unit, .. } => Ok(unit.add_endpoint(rid, backend)?),
-            Self::Virtio { unit, .. } => Ok(unit.add_endpoint(rid, backend, Regions::new())?),
+            Self::Virtio { unit, .. } => Ok(unit.add_endpoint(rid, backend, reserved)?),
+        }
+    }
+
+    /// What the guest is offered for a device's own features, from here on for ever.
+    fn offered(&self) -> Capabilities {
+        match self {
+            Self::Vtd { unit, .. } => {
+                let offer = unit.freeze();
+                Capabilities {
+                    stage1: offer.ecap.fsts(),
+                    pasid_bits: offer.pasid_bits(),
+                    page_requests: offer.ecap.prs(),
+                    address_width: offer.address_width(),
+                    ..NOTHING
+                }
+            }
+            Self::Virtio { .. } => NOTHING,
         }
     }
 

@@ -1,0 +1,329 @@
+//! The host's devices in a VM (`--device`): looked at before memory is laid out, opened while the
+//! kernel is being loaded, admitted before the vIOMMUs are made, and connected last, when it is
+//! certain what the vIOMMUs offer.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use devices::passthrough::vfio::OpenError;
+use devices::passthrough::{
+    Admitted, Connections, DirectMemory, HostError, PassthroughHost, VfioPci, reserved_regions,
+};
+use devices::pci::root::{RootError, Slot};
+use devices::pci::{PciRoot, Placement};
+use viommu::backend::Backend;
+use viommu::backend::iommufd::{HostIommu, prefault};
+use viommu::{GuestRam, Rid};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::viommus::{ViommuError, Viommus};
+use crate::config::{Behind, DeviceConfig};
+use crate::interrupts::Interrupts;
+use crate::kvm::slots::DeviceSlots;
+use crate::kvm::vfio::VfioFiles;
+use crate::kvm::{self, KvmError};
+use crate::memory::layout::HostReserved;
+
+/// The first PCI device number that is tried for them, so that other devices have the same place
+/// with and without.
+const FIRST_DEVICE: u8 = 16;
+/// Threads that fault guest memory in.
+const MOST_THREADS: usize = 16;
+
+/// Why a device of the host is not in the VM: one sentence, with its sources' appended.
+#[derive(Debug, thiserror::Error)]
+pub enum PassthroughError {
+    /// There is no such device.
+    #[error("device path={} is not there ({source}); lspci -D shows the devices of this host", path.display())]
+    NotThere {
+        /// As it was given.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// No IOMMU of the host translates its DMA.
+    #[error(
+        "device path={} stands behind no IOMMU ({source}); enable VT-d (AMD: IOMMU) in the firmware and boot the host with intel_iommu=on",
+        path.display()
+    )]
+    NoIommu {
+        /// As it was given.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// It cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The host's IOMMU cannot be had, or guest memory cannot be put in it.
+    #[error("no device can be passed through")]
+    Host(#[source] HostError),
+    /// It does not fit, or fails.
+    #[error("device path={} cannot be passed through", path.display())]
+    Device {
+        /// As it was given.
+        path: PathBuf,
+        /// Why.
+        source: HostError,
+    },
+    /// Its vIOMMU does not take it.
+    #[error("device path={} cannot be behind its vIOMMU", path.display())]
+    Viommu {
+        /// As it was given.
+        path: PathBuf,
+        /// Why.
+        source: ViommuError,
+    },
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The PCI root.
+    #[error(transparent)]
+    Pci(#[from] RootError),
+    /// The host has no more of something.
+    #[error("{what} cannot be had ({source}); raise the limits of this user")]
+    Limit {
+        /// Of what.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// What memory must be laid out around. Devices that can never be passed through are refused here,
+/// before anything is made.
+pub(super) fn reserved(devices: &[DeviceConfig]) -> Result<Vec<HostReserved>, PassthroughError> {
+    let mut reserved = Vec::with_capacity(devices.len());
+    for DeviceConfig { path, .. } in devices {
+        std::fs::metadata(path).map_err(|source| PassthroughError::NotThere {
+            path: path.clone(),
+            source,
+        })?;
+        if !path.join("vfio-dev").exists() {
+            return Err(OpenError::NotBound(path.clone()).into());
+        }
+        let regions = reserved_regions(path).map_err(|source| PassthroughError::NoIommu {
+            path: path.clone(),
+            source,
+        })?;
+        let what = format!("device path={}", path.display());
+        reserved.push(HostReserved { what, regions });
+    }
+    Ok(reserved)
+}
+
+/// The host's IOMMU with all of `ram` in it, opened while `work` is done: clearing and pinning
+/// memory takes most of a second for each few GiB. `None` when there is no device for it.
+pub(super) fn open_during<T>(
+    devices: &[DeviceConfig],
+    ram: &GuestRam,
+    work: impl FnOnce() -> T,
+) -> (T, Result<Option<PassthroughHost>, PassthroughError>) {
+    if devices.is_empty() {
+        return (work(), Ok(None));
+    }
+    std::thread::scope(|scope| {
+        let opening = std::thread::Builder::new().spawn_scoped(scope, || open(ram));
+        let done = work();
+        let host = match opening.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(host)) => host,
+            // It could not be started, or it panicked, which was reported: here, then.
+            Ok(Err(_)) | Err(_) => open(ram),
+        };
+        (done, host.map(Some))
+    })
+}
+
+fn open(ram: &GuestRam) -> Result<PassthroughHost, PassthroughError> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS));
+    if let Err(error) = prefault(ram, threads) {
+        // Mapping does the same, on one thread, and says what is wrong if something is.
+        log::debug!("guest memory is not faulted in ahead: {error}");
+    }
+    PassthroughHost::open(ram.clone()).map_err(PassthroughError::Host)
+}
+
+/// The host's side of all of them.
+pub(super) struct Passthrough {
+    host: PassthroughHost,
+    slots: Arc<DeviceSlots>,
+    files: VfioFiles,
+}
+
+/// A device that is in the host's IOMMU, blocked, and not yet a function of the guest.
+pub(super) struct Waiting<'c> {
+    config: &'c DeviceConfig,
+    slot: Slot,
+    admitted: Admitted,
+}
+
+/// A device that is a function of the guest.
+pub(super) struct Passed {
+    path: PathBuf,
+    function: Arc<VfioPci>,
+    // Dropped last: it takes the device out of the host's IOMMU.
+    _admitted: Admitted,
+}
+
+impl Passthrough {
+    pub(super) fn new(host: PassthroughHost, vm: &Arc<kvm::Vm>) -> Result<Self, PassthroughError> {
+        Ok(Self {
+            host,
+            slots: Arc::new(DeviceSlots::new(vm.clone())),
+            files: VfioFiles::new(vm)?,
+        })
+    }
+
+    /// The host's IOMMU.
+    pub(super) fn host(&self) -> &Arc<HostIommu> {
+        self.host.backend()
+    }
+
+    /// Opens every device, and gives it its place on the bus.
+    pub(super) fn admit<'c>(
+        &self,
+        devices: &'c [DeviceConfig],
+        root: &Arc<PciRoot>,
+    ) -> Result<Vec<Waiting<'c>>, PassthroughError> {
+        let mut waiting = Vec::with_capacity(devices.len());
+        for (device, config) in (FIRST_DEVICE..).zip(devices) {
+            let at = Placement::At(Rid::new(0, device & 0x1f, 0));
+            let slot = root.reserve(at).or_else(|_| root.reserve(Placement::Any))?;
+            let admitted = self.host.admit(slot.rid(), &config.path);
+            let admitted = admitted.map_err(|source| device_error(&config.path, source))?;
+            self.files.add(admitted.device().as_fd())?;
+            waiting.push(Waiting {
+                config,
+                slot,
+                admitted,
+            });
+        }
+        Ok(waiting)
+    }
+
+    /// Makes functions of the guest of them. Nothing else is put behind a vIOMMU later.
+    pub(super) fn connect(
+        &self,
+        waiting: Vec<Waiting<'_>>,
+        viommus: &mut Viommus,
+        interrupts: &Arc<Interrupts>,
+    ) -> Result<Vec<Passed>, PassthroughError> {
+        // All of them first: each can make a unit offer less to the others.
+        for Waiting { config, slot, .. } in &waiting {
+            viommus
+                .pass_through(slot.rid(), behind(config), self.host())
+                .map_err(|source| PassthroughError::Viommu {
+                    path: config.path.clone(),
+                    source,
+                })?;
+        }
+        let mut passed = Vec::with_capacity(waiting.len());
+        for Waiting {
+            config,
+            slot,
+            admitted,
+        } in waiting
+        {
+            let behind = behind(config);
+            let messages = interrupts.source(slot.rid(), viommus.remapper(behind));
+            let direct: Arc<dyn DirectMemory> = self.slots.clone();
+            let connections = Connections {
+                messages: &*messages,
+                // The guest is told of no interrupt lines (no _PRT): messages only.
+                line: None,
+                direct,
+                peers: Some(self.host().clone()),
+            };
+            let function = admitted
+                .connect(viommus.before(behind), config.pasid_offset, connections)
+                .map_err(|source| device_error(&config.path, source))?;
+            slot.fill(function.clone())?;
+            passed.push(Passed {
+                path: config.path.clone(),
+                function,
+                _admitted: admitted,
+            });
+        }
+        self.host().freeze(self.host().capabilities());
+        Ok(passed)
+    }
+}
+
+impl Passed {
+    /// The device, as the user named it.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What is signalled when the device failed, and when the host wants it back.
+    pub(super) fn events(&self) -> Result<(EventFd, EventFd), PassthroughError> {
+        let clone = |event: &EventFd| {
+            event.try_clone().map_err(|source| PassthroughError::Limit {
+                what: "an event descriptor of a device",
+                source,
+            })
+        };
+        Ok((
+            clone(self.function.error_event())?,
+            clone(self.function.request_event())?,
+        ))
+    }
+}
+
+fn behind(config: &DeviceConfig) -> Behind<'_> {
+    Behind::new(config.iommu, config.viommu.as_deref())
+}
+
+fn device_error(path: &Path, source: HostError) -> PassthroughError {
+    match source {
+        HostError::Open(error) => error.into(),
+        source => PassthroughError::Device {
+            path: path.into(),
+            source,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn a_device_that_cannot_be_passed_through_is_refused_before_anything_is_made() {
+        let dir = TempDir::new().unwrap();
+        let device = |path: PathBuf| DeviceConfig {
+            path,
+            ..DeviceConfig::default()
+        };
+        let absent = reserved(&[device(dir.as_path().join("absent"))]).unwrap_err();
+        assert!(absent.to_string().contains("lspci"), "{absent}");
+        let here = [device(dir.as_path().into())];
+        let unbound = reserved(&here).unwrap_err();
+        assert!(unbound.to_string().contains("vfio-pci"), "{unbound}");
+        std::fs::create_dir(dir.as_path().join("vfio-dev")).unwrap();
+        let bare = reserved(&here).unwrap_err();
+        assert!(bare.to_string().contains("intel_iommu=on"), "{bare}");
+        std::fs::create_dir(dir.as_path().join("iommu_group")).unwrap();
+        std::fs::write(
+            dir.as_path().join("iommu_group/reserved_regions"),
+            "0x00000000fee00000 0x00000000feefffff msi\n",
+        )
+        .unwrap();
+        let regions = &reserved(&here).unwrap()[0].regions;
+        assert_eq!(regions.iter().count(), 1);
+    }
+
+    #[test]
+    fn without_devices_the_hosts_iommu_is_not_opened() {
+        let ram = Arc::new(vm_memory::GuestMemoryMmap::new());
+        let (done, host) = open_during(&[], &ram, || 7);
+        assert_eq!(done, 7);
+        assert!(host.unwrap().is_none());
+    }
+}
