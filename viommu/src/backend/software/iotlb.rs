@@ -213,6 +213,12 @@ impl Iotlb {
         Some((2, structures.level2.get(address, epoch)?))
     }
 
+    /// The cached table of level 1 that translates `address`, as [`structure`](Self::structure).
+    #[inline]
+    pub(super) fn leaf_table(&self, of: Of, address: u64) -> Option<u64> {
+        self.structures(of).level1.get(address, self.epoch())
+    }
+
     /// Remembers a table, when it is of a level that is worth it.
     #[inline]
     pub(super) fn put_structure(&self, of: Of, level: u8, address: u64, table: u64) {

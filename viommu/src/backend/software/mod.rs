@@ -32,7 +32,6 @@ mod stress;
 mod tests;
 
 use std::collections::{HashMap, HashSet};
-use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -40,6 +39,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRe
 
 use self::endpoint::Endpoint;
 use self::inflight::EVERYTHING;
+use self::tables::Ram;
 use self::target::{Domain, Drain, Space, TargetState, lock};
 use super::{
     Backend, Capabilities, EventSink, Invalidation, InvalidationRange, Mapping, Objects,
@@ -90,9 +90,7 @@ pub struct Engine {
 
 /// What the engine's clones and its ports share.
 struct Shared {
-    ram: GuestRam,
-    /// The largest region of it.
-    main_ram: RangeInclusive<u64>,
+    ram: Ram,
     config: Config,
     /// How many times everything was invalidated.
     generation: AtomicU64,
@@ -132,8 +130,7 @@ impl Engine {
     pub fn with_config(ram: GuestRam, config: Config) -> Self {
         Self {
             shared: Arc::new(Shared {
-                main_ram: tables::largest_region(&ram),
-                ram,
+                ram: Ram::new(ram),
                 config,
                 generation: AtomicU64::new(0),
                 control: Mutex::default(),
@@ -239,7 +236,7 @@ impl Engine {
                 if end == Some(at) {
                     break true;
                 }
-                let region = self.shared.ram.find_region(GuestAddress(at));
+                let region = self.shared.ram.all().find_region(GuestAddress(at));
                 match (region, end) {
                     (Some(region), Some(end)) => at = end.min(region.last_addr().0 + 1),
                     _ => break false,

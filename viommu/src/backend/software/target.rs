@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 
 use super::domain::Mappings;
 use super::inflight::{EVERYTHING, Range, Seen, Slot};
+use super::iotlb::Of;
 use super::walk::{Allowed, Page, Request, Walker};
 use crate::backend::{FaultCause, Translation};
 use crate::spec::vtd::paging::level_shift;
@@ -67,6 +68,31 @@ impl Space {
             Translation::Domain(_) => self.mapped(iova, request)?,
         };
         around_interrupts(page, iova, has_pasid)
+    }
+
+    /// As [`walk`](Self::walk), when the port's cache has the table of level 1 for `iova` and the
+    /// request passes without an update of a flag. Anything else is `None`, and for `walk`.
+    #[inline]
+    pub(super) fn walk_short(
+        &self,
+        walker: Walker<'_>,
+        iova: u64,
+        request: Request,
+        has_pasid: bool,
+    ) -> Option<Page> {
+        let page = match &self.translation {
+            Translation::Stage1(stage1) => walker.first_stage_short(stage1, None, iova, request)?,
+            Translation::Nested { stage1, stage2 } => {
+                walker.first_stage_short(stage1, Some(stage2), iova, request)?
+            }
+            Translation::Stage2(stage2) => {
+                walker.second_stage_short(stage2, iova, request, Of::Input)?
+            }
+            Translation::Blocked | Translation::Identity | Translation::Domain(_) => return None,
+        };
+        let clear = (has_pasid || !INTERRUPT_RANGE.contains(&iova))
+            && !INTERRUPT_RANGE.contains(&page.base);
+        clear.then_some(page)
     }
 
     /// The largest cacheable part of a domain's mapping around `iova`.

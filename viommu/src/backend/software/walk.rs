@@ -3,17 +3,22 @@
 //! Tables are the guest's and may change or lie at any moment. A walk reads each entry once (and
 //! again only when it lost a race to set an accessed or dirty flag), goes down one level per
 //! step, and so ends after at most five steps per stage, whatever the tables contain.
-
-use vm_memory::GuestMemoryMmap;
+//!
+//! A *short* walk reads only the leaf, in a table of level 1 that is cached. It knows how to let
+//! a request pass and nothing else: for a fault or for a flag to be set, the walk begins anew.
 
 use super::iotlb::{Iotlb, Of};
-use super::tables;
+use super::tables::Ram;
 use crate::backend::{FaultCause, Stage, Stage1, Stage2};
 use crate::spec::vtd::paging::{FirstStageEntry, SecondStageEntry, entry_offset, level_shift};
 
 /// How often a walk tries to set a flag in an entry that changes under it. The guest can only
 /// exhaust this by rewriting the entry all the time.
 const RACES: u32 = 64;
+
+/// In a cached table of a second stage: its pages may be read, and written.
+const R: u64 = 1;
+const W: u64 = 2;
 
 /// `bit` when it is `on`.
 const fn flag(on: bool, bit: u64) -> u64 {
@@ -112,7 +117,7 @@ impl Page {
 /// Walks tables in `ram`, with the help of a port's paging-structure caches when there are some.
 #[derive(Clone, Copy)]
 pub(super) struct Walker<'a> {
-    pub(super) ram: &'a GuestMemoryMmap<()>,
+    pub(super) ram: &'a Ram,
     /// Host address width in bits, at most 52: address bits above are reserved in entries.
     pub(super) haw: u8,
     pub(super) cache: Option<&'a Iotlb>,
@@ -220,6 +225,42 @@ impl Walker<'_> {
         }
     }
 
+    /// The short walk of a first-stage table; with `under`, nested on that second stage.
+    #[inline]
+    pub(super) fn first_stage_short(
+        &self,
+        stage1: &Stage1,
+        under: Option<&Stage2>,
+        iova: u64,
+        request: Request,
+    ) -> Option<Page> {
+        // In the cache only if this address was found to be canonical.
+        let at = First::from_cached(1, self.cache?.leaf_table(Of::Input, iova)?);
+        let bits = self.ram.load(at.table + entry_offset(iova, 1))?;
+        let entry = FirstStageEntry::from_bits(bits);
+        let flagged = entry.a() && (entry.ea() || !stage1.eafe);
+        let page = Page {
+            base: entry.page(1).0,
+            shift: level_shift(1),
+            allowed: at.through(entry).allowed(stage1, entry.d()),
+        };
+        if !entry.p()
+            || entry.has_reserved(1, self.haw)
+            || !flagged
+            || !page.allowed.has(request.needs())
+        {
+            return None;
+        }
+        let Some(stage2) = under else {
+            return Some(page);
+        };
+        let outer = self.second_stage_short(stage2, page.base, request, Of::Second)?;
+        Some(Page {
+            allowed: outer.allowed.and(page.allowed),
+            ..outer
+        })
+    }
+
     fn first_stage_root(
         &self,
         stage1: &Stage1,
@@ -267,7 +308,7 @@ impl Walker<'_> {
         let gone = FaultCause::TableAccess { stage, level };
         let gpa = at.table + entry_offset(iova, level);
         for _ in 0..RACES {
-            let bits = tables::load(self.ram, gpa).ok_or(gone)?;
+            let bits = self.ram.load(gpa).ok_or(gone)?;
             let entry = FirstStageEntry::from_bits(bits);
             if !entry.p() {
                 return Err(FaultCause::NotMapped { stage, level });
@@ -295,7 +336,11 @@ impl Walker<'_> {
             {
                 self.allow_update(stage1, stage2, level, iova)?;
             }
-            if tables::replace(self.ram, gpa, bits, flagged.into_bits()).ok_or(gone)? {
+            if self
+                .ram
+                .replace(gpa, bits, flagged.into_bits())
+                .ok_or(gone)?
+            {
                 return Ok((flagged, passed));
             }
         }
@@ -323,8 +368,10 @@ impl Walker<'_> {
         while above.level > level {
             let (stage, at) = (Stage::First, above.level);
             let gpa = above.table + entry_offset(iova, at);
-            let bits =
-                tables::load(self.ram, gpa).ok_or(FaultCause::TableAccess { stage, level: at })?;
+            let bits = self
+                .ram
+                .load(gpa)
+                .ok_or(FaultCause::TableAccess { stage, level: at })?;
             let entry = FirstStageEntry::from_bits(bits);
             if !entry.p() || entry.is_leaf(at) {
                 // The guest changed it just now.
@@ -386,6 +433,35 @@ impl Walker<'_> {
         self.second_stage_from(stage2, iova, request, Stage::Second, Of::Input)
     }
 
+    /// The short walk of a second-stage table.
+    #[inline]
+    pub(super) fn second_stage_short(
+        &self,
+        stage2: &Stage2,
+        address: u64,
+        request: Request,
+        of: Of,
+    ) -> Option<Page> {
+        let cached = self.cache?.leaf_table(of, address)?;
+        let bits = self
+            .ram
+            .load((cached & !0xfff) + entry_offset(address, 1))?;
+        let entry = SecondStageEntry::from_bits(bits);
+        let allowed = Allowed::both(
+            cached & R != 0 && entry.r(),
+            cached & W != 0 && entry.w() && (entry.d() || !stage2.ad),
+        );
+        let passes = entry.is_present()
+            && !entry.has_reserved(1, self.haw)
+            && (entry.a() || !stage2.ad)
+            && allowed.has(request.needs());
+        passes.then(|| Page {
+            base: entry.page(1).0,
+            shift: level_shift(1),
+            allowed,
+        })
+    }
+
     fn second_stage_from(
         &self,
         stage2: &Stage2,
@@ -394,8 +470,6 @@ impl Walker<'_> {
         stage: Stage,
         of: Of,
     ) -> Result<Page, FaultCause> {
-        const R: u64 = 1;
-        const W: u64 = 2;
         let near = self.cache.and_then(|cache| cache.structure(of, address));
         let near =
             near.map(|(level, cached)| (level, cached & !0xfff, cached & R != 0, cached & W != 0));
@@ -433,7 +507,7 @@ impl Walker<'_> {
         let gone = FaultCause::TableAccess { stage, level };
         let gpa = table + entry_offset(address, level);
         for _ in 0..RACES {
-            let bits = tables::load(self.ram, gpa).ok_or(gone)?;
+            let bits = self.ram.load(gpa).ok_or(gone)?;
             let entry = SecondStageEntry::from_bits(bits);
             if !entry.is_present() {
                 return Err(FaultCause::NotMapped { stage, level });
@@ -456,7 +530,10 @@ impl Walker<'_> {
                 .with_a(true)
                 .with_d(entry.d() || leaf && request.write);
             if flagged == entry
-                || tables::replace(self.ram, gpa, bits, flagged.into_bits()).ok_or(gone)?
+                || self
+                    .ram
+                    .replace(gpa, bits, flagged.into_bits())
+                    .ok_or(gone)?
             {
                 return Ok((flagged, (r, w)));
             }
