@@ -262,7 +262,7 @@ impl Access<'_> {
             let (value, shift) = match cached {
                 Some((value, shift)) if Allowed::from_bits(value).has(needed) => (value, shift),
                 _ => match self.walk_short(iova, request) {
-                    Some(value) => (value, 12),
+                    Some(found) => return Ok(found),
                     None => self.walk(iova, request)?,
                 },
             };
@@ -311,9 +311,11 @@ impl Access<'_> {
     }
 
     /// As [`walk`](Self::walk), of the one entry that a cached table leaves to be read, which is
-    /// what most misses are. A 4 KiB page; `None` when this does not decide it.
-    #[inline(never)]
-    fn walk_short(&self, iova: u64, request: Request) -> Option<u64> {
+    /// what most misses are. `None` when this does not decide it.
+    ///
+    /// Inlined, so that the address goes on while the rights are still put together.
+    #[inline(always)]
+    fn walk_short(&self, iova: u64, request: Request) -> Option<Located> {
         if self.extra.is_some() {
             return None;
         }
@@ -325,8 +327,12 @@ impl Access<'_> {
             .as_ref()?
             .walk_short(walker, iova, request, has_pasid)?;
         let value = self.cached(page);
-        iotlb.put(iova, 12, value);
-        Some(value)
+        iotlb.put(iova, page.shift, value);
+        Some(Located {
+            gpa: page.at(iova),
+            rest: (1 << page.shift) - (page.at(iova) - page.base),
+            in_ram: value & IN_RAM != 0,
+        })
     }
 
     fn walker<'a>(&'a self, cache: Option<&'a Iotlb>) -> Walker<'a> {

@@ -81,9 +81,12 @@ impl Space {
         has_pasid: bool,
     ) -> Option<Page> {
         let page = match &self.translation {
-            Translation::Stage1(stage1) => walker.first_stage_short(stage1, None, iova, request)?,
-            Translation::Nested { stage1, stage2 } => {
-                walker.first_stage_short(stage1, Some(stage2), iova, request)?
+            Translation::Stage1(stage1) | Translation::Nested { stage1, .. } => {
+                let under = match &self.translation {
+                    Translation::Nested { stage2, .. } => Some(stage2),
+                    _ => None,
+                };
+                walker.first_stage_short(stage1, under, iova, request)?
             }
             Translation::Stage2(stage2) => {
                 walker.second_stage_short(stage2, iova, request, Of::Input)?

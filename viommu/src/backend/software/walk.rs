@@ -53,6 +53,18 @@ impl Allowed {
         flag(read, Self::READ) | flag(write, Self::WRITE) | flag(execute, Self::EXECUTE)
     }
 
+    /// What entries of a first stage with these rights allow (VT-d 3.6.1). `dirty`: the leaf's
+    /// dirty flag is set, or will be. What several entries on the way allow is what each of them
+    /// does. Without a branch: rights differ from page to page.
+    #[inline]
+    fn first_stage(stage1: &Stage1, rw: bool, us: bool, xd: bool, dirty: bool) -> Self {
+        let writes = |rw: bool| u64::from(rw & dirty) * Self::WRITE;
+        let reads = Self::READ | u64::from(!xd) * Self::EXECUTE;
+        let user = u64::from(us) * (reads | writes(rw));
+        let privileged = u64::from(stage1.sre) * (reads | writes(rw | !stage1.wpe));
+        Self(user | privileged << Self::PRIVILEGED)
+    }
+
     /// The same for requests of either privilege.
     pub(super) fn both(read: bool, write: bool) -> Self {
         let bits = Self::bits(read, write, read);
@@ -142,9 +154,12 @@ impl First {
     const RW: u64 = 2;
     const US: u64 = 4;
     const XD: u64 = 8;
+    /// How far up the same rights are as a set.
+    const ALLOWED: u32 = 4;
 
-    fn into_cached(self) -> u64 {
+    fn into_cached(self, stage1: &Stage1) -> u64 {
         self.table
+            | self.allowed(stage1, true).into_bits() << Self::ALLOWED
             | flag(self.writable, Self::WRITABLE)
             | flag(self.rw, Self::RW)
             | flag(self.us, Self::US)
@@ -170,12 +185,9 @@ impl First {
         self
     }
 
-    /// What is allowed (VT-d 3.6.1). `dirty`: the leaf's dirty flag is set, or will be.
+    /// What is allowed, after the entries so far.
     fn allowed(self, stage1: &Stage1, dirty: bool) -> Allowed {
-        let user = Allowed::bits(self.us, self.us && self.rw && dirty, self.us && !self.xd);
-        let writes = (self.rw || !stage1.wpe) && dirty;
-        let privileged = Allowed::bits(stage1.sre, stage1.sre && writes, stage1.sre && !self.xd);
-        Allowed(user | privileged << Allowed::PRIVILEGED)
+        Allowed::first_stage(stage1, self.rw, self.us, self.xd, dirty)
     }
 }
 
@@ -220,7 +232,7 @@ impl Walker<'_> {
             at.level -= 1;
             (at.table, at.writable) = self.first_stage_table(under, entry.table().0)?;
             if let Some(cache) = self.cache {
-                cache.put_structure(Of::Input, at.level, iova, at.into_cached());
+                cache.put_structure(Of::Input, at.level, iova, at.into_cached(stage1));
             }
         }
     }
@@ -235,20 +247,22 @@ impl Walker<'_> {
         request: Request,
     ) -> Option<Page> {
         // In the cache only if this address was found to be canonical.
-        let at = First::from_cached(1, self.cache?.leaf_table(Of::Input, iova)?);
-        let bits = self.ram.load(at.table + entry_offset(iova, 1))?;
+        let cached = self.cache?.leaf_table(Of::Input, iova)?;
+        let bits = self.ram.load((cached & !0xfff) + entry_offset(iova, 1))?;
         let entry = FirstStageEntry::from_bits(bits);
-        let flagged = entry.a() && (entry.ea() || !stage1.eafe);
+        let above = Allowed::from_bits(cached >> First::ALLOWED);
+        let own = Allowed::first_stage(stage1, entry.rw(), entry.us(), entry.xd(), entry.d());
         let page = Page {
             base: entry.page(1).0,
             shift: level_shift(1),
-            allowed: at.through(entry).allowed(stage1, entry.d()),
+            allowed: above.and(own),
         };
-        if !entry.p()
-            || entry.has_reserved(1, self.haw)
-            || !flagged
-            || !page.allowed.has(request.needs())
-        {
+        let passes = entry.p()
+            && entry.a()
+            && (entry.ea() || !stage1.eafe)
+            && !entry.has_reserved(1, self.haw)
+            && page.allowed.has(request.needs());
+        if !passes {
             return None;
         }
         let Some(stage2) = under else {
