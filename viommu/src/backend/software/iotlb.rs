@@ -200,6 +200,18 @@ impl Iotlb {
         large.or_else(|| Some((self.pages_1g.get(address, epoch)?, 30)))
     }
 
+    /// The value of the 4 KiB page that holds `address`.
+    #[inline]
+    pub(super) fn get_4k(&self, address: u64) -> Option<u64> {
+        self.pages.get(address, self.epoch())
+    }
+
+    /// As [`put`](Self::put) of a 4 KiB page.
+    #[inline]
+    pub(super) fn put_4k(&self, address: u64, value: u64) {
+        self.pages.put(address, self.epoch(), value);
+    }
+
     /// Remembers the page of `shift` (12, 21 or 30) that holds `address`.
     #[inline]
     pub(super) fn put(&self, address: u64, shift: u32, value: u64) {

@@ -1,6 +1,7 @@
 //! The translated side of a [`DmaPort`](crate::dma::DmaPort): what happens on the device's thread.
 
 use std::cell::{Cell, RefCell};
+use std::hint::cold_path;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -192,6 +193,19 @@ pub(crate) struct Located {
     pub(crate) in_ram: bool,
 }
 
+impl Located {
+    /// `iova` in a page of 2^`shift` bytes, of which `value` has the address and `IN_RAM`.
+    #[inline]
+    const fn new(iova: u64, value: u64, shift: u32) -> Self {
+        let inside = (1u64 << shift) - 1;
+        Self {
+            gpa: value & !0xfff | iova & inside,
+            rest: inside - (iova & inside) + 1,
+            in_ram: value & IN_RAM != 0,
+        }
+    }
+}
+
 /// A range that contains nothing.
 const NOTHING: (u64, u64) = (1, 0);
 
@@ -252,8 +266,27 @@ impl Access<'_> {
     }
 
     /// Where `iova`, which is announced, lies in guest memory.
+    ///
+    /// What most translations find is decided here, in a straight line; the rest is called.
     #[inline]
     pub(crate) fn page(&self, iova: u64, request: Request) -> Result<Located, FaultCause> {
+        self.catch_up();
+        let cached = self.own().iotlb.get().and_then(|iotlb| iotlb.get_4k(iova));
+        match cached {
+            Some(value) if Allowed::from_bits(value).has(request.needs()) => {
+                return Ok(Located::new(iova, value, 12));
+            }
+            _ => {}
+        }
+        if let Some(value) = self.walk_short(iova, request) {
+            return Ok(Located::new(iova, value, 12));
+        }
+        self.page_of_any_size(iova, request)
+    }
+
+    /// As [`page`](Self::page), of any size and by a whole walk if need be.
+    #[inline(never)]
+    fn page_of_any_size(&self, iova: u64, request: Request) -> Result<Located, FaultCause> {
         let needed = request.needs();
         // Once, and once more for each larger page that the guest puts there meanwhile.
         loop {
@@ -261,10 +294,7 @@ impl Access<'_> {
             let cached = self.own().iotlb.get().and_then(|iotlb| iotlb.get(iova));
             let (value, shift) = match cached {
                 Some((value, shift)) if Allowed::from_bits(value).has(needed) => (value, shift),
-                _ => match self.walk_short(iova, request) {
-                    Some(found) => return Ok(found),
-                    None => self.walk(iova, request)?,
-                },
+                _ => self.walk(iova, request)?,
             };
             let inside = (1u64 << shift) - 1;
             let (first, last) = (iova & !inside, iova | inside);
@@ -274,11 +304,7 @@ impl Access<'_> {
                 self.announced.set(self.own().slot.announce(first, last));
                 continue;
             }
-            return Ok(Located {
-                gpa: value & !0xfff | iova & inside,
-                rest: last - iova + 1,
-                in_ram: value & IN_RAM != 0,
-            });
+            return Ok(Located::new(iova, value, shift));
         }
     }
 
@@ -311,11 +337,10 @@ impl Access<'_> {
     }
 
     /// As [`walk`](Self::walk), of the one entry that a cached table leaves to be read, which is
-    /// what most misses are. `None` when this does not decide it.
-    ///
-    /// Inlined, so that the address goes on while the rights are still put together.
-    #[inline(always)]
-    fn walk_short(&self, iova: u64, request: Request) -> Option<Located> {
+    /// what most misses are. The 4 KiB page, with `IN_RAM` but without rights, so that the address
+    /// does not wait for them; `None` when this does not decide it.
+    #[inline(never)]
+    fn walk_short(&self, iova: u64, request: Request) -> Option<u64> {
         if self.extra.is_some() {
             return None;
         }
@@ -326,13 +351,14 @@ impl Access<'_> {
         let page = space
             .as_ref()?
             .walk_short(walker, iova, request, has_pasid)?;
-        let value = self.cached(page);
-        iotlb.put(iova, page.shift, value);
-        Some(Located {
-            gpa: page.at(iova),
-            rest: (1 << page.shift) - (page.at(iova) - page.base),
-            in_ram: value & IN_RAM != 0,
-        })
+        let value = page.base | page.allowed.into_bits();
+        if self.port.shared.ram.main_has(page.base, 12) {
+            iotlb.put_4k(iova, value | IN_RAM);
+            return Some(page.base | IN_RAM);
+        }
+        cold_path();
+        iotlb.put_4k(iova, value);
+        Some(page.base)
     }
 
     fn walker<'a>(&'a self, cache: Option<&'a Iotlb>) -> Walker<'a> {
