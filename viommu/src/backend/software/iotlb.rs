@@ -8,6 +8,7 @@
 //!
 //! Every entry carries an epoch. To forget everything is to begin the next epoch.
 
+use std::hint::select_unpredictable;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -17,8 +18,7 @@ const EPOCHS: u64 = 0xfff;
 /// With more pages than this to forget, the whole cache is forgotten instead.
 const PROBES: u64 = 64;
 
-/// Two entries, the younger first: it is the one that most lookups find, so the processor goes on
-/// with its value before the keys are compared.
+/// Two entries, the younger first.
 #[derive(Default)]
 #[repr(align(32))]
 struct Set([Entry; 2]);
@@ -51,12 +51,6 @@ struct Table<const SHIFT: u32, const SETS: usize> {
     sets: Box<[Set; SETS]>,
 }
 
-/// `yes` or `no`, without a branch.
-#[inline]
-fn select(condition: bool, yes: u64, no: u64) -> u64 {
-    std::hint::select_unpredictable(condition, yes, no)
-}
-
 impl<const SHIFT: u32, const SETS: usize> Table<SHIFT, SETS> {
     fn new() -> Self {
         Self {
@@ -75,24 +69,13 @@ impl<const SHIFT: u32, const SETS: usize> Table<SHIFT, SETS> {
         &self.sets[(spread >> (u64::BITS - SETS.ilog2())) as usize % SETS].0
     }
 
+    /// Which of the two entries it is, is chosen without a branch that would have to be guessed.
     #[inline]
     fn get(&self, address: u64, epoch: u64) -> Option<u64> {
         let key = Self::key(address, epoch);
         let [younger, older] = self.set(address);
-        if younger.has(key) {
-            return Some(younger.value());
-        }
-        older.has(key).then(|| older.value())
-    }
-
-    /// As [`get`](Self::get), for a table where either entry is as likely: both are compared
-    /// without a branch that the processor would have to guess.
-    #[inline]
-    fn get_either(&self, address: u64, epoch: u64) -> Option<u64> {
-        let key = Self::key(address, epoch);
-        let [younger, older] = self.set(address);
         let (first, second) = (younger.has(key), older.has(key));
-        let value = select(first, younger.value(), older.value());
+        let value = select_unpredictable(first, younger.value(), older.value());
         (first | second).then_some(value)
     }
 
@@ -245,7 +228,7 @@ impl Iotlb {
     /// The cached table of level 1 that translates `address`, as [`structure`](Self::structure).
     #[inline]
     pub(super) fn leaf_table(&self, of: Of, address: u64) -> Option<u64> {
-        self.structures(of).level1.get_either(address, self.epoch())
+        self.structures(of).level1.get(address, self.epoch())
     }
 
     /// Remembers a table, when it is of a level that is worth it.

@@ -271,14 +271,14 @@ impl Access<'_> {
     #[inline]
     pub(crate) fn page(&self, iova: u64, request: Request) -> Result<Located, FaultCause> {
         self.catch_up();
-        let cached = self.own().iotlb.get().and_then(|iotlb| iotlb.get_4k(iova));
-        match cached {
-            Some(value) if Allowed::from_bits(value).has(request.needs()) => {
-                return Ok(Located::new(iova, value, 12));
-            }
-            _ => {}
+        let needed = request.needs();
+        let iotlb = self.own().iotlb.get();
+        if let Some(value) = iotlb.and_then(|iotlb| iotlb.get_4k(iova))
+            && Allowed::from_bits(value).has(needed)
+        {
+            return Ok(Located::new(iova, value, 12));
         }
-        if let Some(value) = self.walk_short(iova, request) {
+        if let Some(value) = self.walk_short(iova, needed) {
             return Ok(Located::new(iova, value, 12));
         }
         self.page_of_any_size(iova, request)
@@ -340,7 +340,7 @@ impl Access<'_> {
     /// what most misses are. The 4 KiB page, with `IN_RAM` but without rights, so that the address
     /// does not wait for them; `None` when this does not decide it.
     #[inline(never)]
-    fn walk_short(&self, iova: u64, request: Request) -> Option<u64> {
+    fn walk_short(&self, iova: u64, needed: Allowed) -> Option<u64> {
         if self.extra.is_some() {
             return None;
         }
@@ -350,7 +350,7 @@ impl Access<'_> {
         let has_pasid = self.target().pasid.is_some();
         let page = space
             .as_ref()?
-            .walk_short(walker, iova, request, has_pasid)?;
+            .walk_short(walker, iova, needed, has_pasid)?;
         let value = page.base | page.allowed.into_bits();
         if self.port.shared.ram.main_has(page.base, 12) {
             iotlb.put_4k(iova, value | IN_RAM);

@@ -77,7 +77,7 @@ impl Space {
         &self,
         walker: Walker<'_>,
         iova: u64,
-        request: Request,
+        needed: Allowed,
         has_pasid: bool,
     ) -> Option<Page> {
         let page = match &self.translation {
@@ -86,10 +86,10 @@ impl Space {
                     Translation::Nested { stage2, .. } => Some(stage2),
                     _ => None,
                 };
-                walker.first_stage_short(stage1, under, iova, request)?
+                walker.first_stage_short(stage1, under, iova, needed)?
             }
             Translation::Stage2(stage2) => {
-                walker.second_stage_short(stage2, iova, request, Of::Input)?
+                walker.second_stage_short(stage2, iova, needed, Of::Input)?
             }
             Translation::Blocked | Translation::Identity | Translation::Domain(_) => return None,
         };

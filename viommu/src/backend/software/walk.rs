@@ -244,7 +244,7 @@ impl Walker<'_> {
         stage1: &Stage1,
         under: Option<&Stage2>,
         iova: u64,
-        request: Request,
+        needed: Allowed,
     ) -> Option<Page> {
         // In the cache only if this address was found to be canonical.
         let cached = self.cache?.leaf_table(Of::Input, iova)?;
@@ -261,14 +261,14 @@ impl Walker<'_> {
             && entry.a()
             && (entry.ea() || !stage1.eafe)
             && !entry.has_reserved(1, self.haw)
-            && page.allowed.has(request.needs());
+            && page.allowed.has(needed);
         if !passes {
             return None;
         }
         let Some(stage2) = under else {
             return Some(page);
         };
-        let outer = self.second_stage_short(stage2, page.base, request, Of::Second)?;
+        let outer = self.second_stage_short(stage2, page.base, needed, Of::Second)?;
         Some(Page {
             allowed: outer.allowed.and(page.allowed),
             ..outer
@@ -453,7 +453,7 @@ impl Walker<'_> {
         &self,
         stage2: &Stage2,
         address: u64,
-        request: Request,
+        needed: Allowed,
         of: Of,
     ) -> Option<Page> {
         let cached = self.cache?.leaf_table(of, address)?;
@@ -468,7 +468,7 @@ impl Walker<'_> {
         let passes = entry.is_present()
             && !entry.has_reserved(1, self.haw)
             && (entry.a() || !stage2.ad)
-            && allowed.has(request.needs());
+            && allowed.has(needed);
         passes.then(|| Page {
             base: entry.page(1).0,
             shift: level_shift(1),
