@@ -81,12 +81,9 @@ impl Space {
         has_pasid: bool,
     ) -> Option<Page> {
         let page = match &self.translation {
-            Translation::Stage1(stage1) | Translation::Nested { stage1, .. } => {
-                let under = match &self.translation {
-                    Translation::Nested { stage2, .. } => Some(stage2),
-                    _ => None,
-                };
-                walker.first_stage_short(stage1, under, iova, needed)?
+            Translation::Stage1(stage1) => walker.first_stage_short(stage1, iova, needed)?,
+            Translation::Nested { stage1, stage2 } => {
+                walker.nested_short(stage1, stage2, iova, needed)?
             }
             Translation::Stage2(stage2) => {
                 walker.second_stage_short(stage2, iova, needed, Of::Input)?

@@ -237,12 +237,11 @@ impl Walker<'_> {
         }
     }
 
-    /// The short walk of a first-stage table; with `under`, nested on that second stage.
+    /// The short walk of a first-stage table.
     #[inline]
     pub(super) fn first_stage_short(
         &self,
         stage1: &Stage1,
-        under: Option<&Stage2>,
         iova: u64,
         needed: Allowed,
     ) -> Option<Page> {
@@ -262,12 +261,19 @@ impl Walker<'_> {
             && (entry.ea() || !stage1.eafe)
             && !entry.has_reserved(1, self.haw)
             && page.allowed.has(needed);
-        if !passes {
-            return None;
-        }
-        let Some(stage2) = under else {
-            return Some(page);
-        };
+        passes.then_some(page)
+    }
+
+    /// The short walks of a first-stage table and of the second stage that its page goes through.
+    #[inline(never)]
+    pub(super) fn nested_short(
+        &self,
+        stage1: &Stage1,
+        stage2: &Stage2,
+        iova: u64,
+        needed: Allowed,
+    ) -> Option<Page> {
+        let page = self.first_stage_short(stage1, iova, needed)?;
         let outer = self.second_stage_short(stage2, page.base, needed, Of::Second)?;
         Some(Page {
             allowed: outer.allowed.and(page.allowed),
@@ -448,7 +454,7 @@ impl Walker<'_> {
     }
 
     /// The short walk of a second-stage table.
-    #[inline]
+    #[inline(never)]
     pub(super) fn second_stage_short(
         &self,
         stage2: &Stage2,
