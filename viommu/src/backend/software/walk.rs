@@ -59,7 +59,7 @@ impl Allowed {
     #[inline]
     fn first_stage(stage1: &Stage1, rw: bool, us: bool, xd: bool, dirty: bool) -> Self {
         let writes = |rw: bool| u64::from(rw & dirty) * Self::WRITE;
-        let reads = Self::READ | u64::from(!xd) * Self::EXECUTE;
+        let reads = Self::READ | (u64::from(!xd) * Self::EXECUTE);
         let user = u64::from(us) * (reads | writes(rw));
         let privileged = u64::from(stage1.sre) * (reads | writes(rw | !stage1.wpe));
         Self(user | privileged << Self::PRIVILEGED)
