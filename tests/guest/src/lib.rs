@@ -11,6 +11,7 @@ pub mod engine;
 pub mod harness;
 pub mod memory;
 pub mod net;
+pub mod passthrough;
 pub mod pci;
 pub mod refuse;
 pub mod soak;
@@ -30,6 +31,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("engine", engine::TESTS),
     ("memory", memory::TESTS),
     ("net", net::TESTS),
+    ("passthrough", passthrough::TESTS),
     ("pci", pci::TESTS),
     ("refuse", refuse::TESTS),
     ("soak", soak::TESTS),

@@ -40,6 +40,9 @@ const HARMLESS: &[&str] = &[
     "mitigation",
     "Mitigation",
     "mitigations",
+    // A passed-through device is reset whenever it changes hands; the kernel says so as a warning.
+    "vfio-pci 0000:00:10.0: reset",
+    "vfio-pci 0000:00:11.0: reset",
     // Entropy, early.
     "random: crng",
     // A signature check without the distribution's keys in an initramfs of ours.
