@@ -119,7 +119,8 @@ pub(super) enum Of {
 
 /// The tables of level 1 and 2 that translate an address: each spares a walk the levels above.
 struct Structures {
-    level1: Table<21, 128>,
+    /// For 4 GiB: the miss that finds its table here reads one entry.
+    level1: Table<21, 1024>,
     level2: Table<30, 64>,
 }
 
