@@ -228,32 +228,38 @@ fn dump_agrees(lab: &Lab) -> Result<()> {
     disk_keeps(&mut guest, &image)?;
     let units = guest.viommus()?;
     let unit = &units[0];
+    let root = unit["root_table"]
+        .as_u64()
+        .context("the unit has no root table")?;
+    let first_stage = &unit["targets"][0]["translation"]["root"];
+    let first_stage = first_stage
+        .as_u64()
+        .context("the disk has no first-stage table")?;
     let dump = guest.run("cat /sys/kernel/debug/iommu/intel/dmar_translation_struct")?;
     ensure!(
-        dump.contains("Scalable Mode: enabled"),
-        "the guest's dump does not say scalable mode:\n{dump}"
+        dump.contains(&format!("Root Table Address: {root:#x}")),
+        "the guest's root table is not {root:#x}:\n{dump}"
     );
-    let hex = |value: &Value| value.as_u64().map(|v| format!("{v:016x}"));
-    let root = hex(&unit["root_table"]).context("the unit has no root table")?;
+    // The PASID table entry, its quadwords from high to low: PGTT 001b, and FSPTPTR.
+    let entry = dump
+        .lines()
+        .find(|l| l.starts_with("00:"))
+        .context("no endpoint in the dump")?;
+    let entry = entry.split_whitespace().last().unwrap_or_default();
+    let words: Vec<u64> = entry
+        .split(':')
+        .filter_map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok())
+        .collect();
     ensure!(
-        dump.contains(&format!("{:x}", unit["root_table"].as_u64().unwrap_or(0))),
-        "the guest's root table is not {root}:\n{dump}"
-    );
-    // PASID table entry of RID_PASID: its third quadword has FSPTPTR.
-    let table = unit["targets"][0]["translation"]["root"]
-        .as_u64()
-        .context("no first-stage table")?;
-    ensure!(
-        dump.contains(
-            &format!("{:012x}", table >> 12)
-                .trim_start_matches('0')
-                .to_owned()
-        ),
-        "no PASID entry of the guest has the first-stage table {table:#x}:\n{dump}"
+        words.len() == 3 && words[2] >> 6 & 7 == 1 && words[0] & !0xfff == first_stage,
+        "the PASID entry {entry} of the guest is not one of the first-stage table {first_stage:#x}"
     );
     let registers = guest.run("cat /sys/kernel/debug/iommu/intel/iommu_regset")?;
     for (name, key) in [("CAP", "cap"), ("ECAP", "ecap"), ("GSTS", "gsts")] {
-        let ours = hex(&unit[key]).context("no register")?;
+        let ours = unit[key]
+            .as_u64()
+            .map(|v| format!("{v:016x}"))
+            .context("no register")?;
         let theirs = registers
             .lines()
             .find(|l| l.split_whitespace().next() == Some(name));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use agent::{Client, Output};
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{Lab, dmesg};
+use super::{Lab, dmesg, process};
 
 /// How long a guest may take until its agent answers.
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
@@ -420,7 +420,8 @@ impl Machine {
         let lines: Vec<&str> = console.lines().collect();
         let from = lines.len().saturating_sub(15);
         format!(
-            "nestling said: {said}\nthe console ended with:\n{}",
+            "nestling said: {said}\nits threads: {}\nthe console ended with:\n{}",
+            process::threads(self.pid()).join(", "),
             lines[from..].join("\n")
         )
     }

@@ -81,3 +81,30 @@ pub fn named(name: &str) -> Vec<u32> {
     }
     found
 }
+
+/// Each thread of a process: its name, its state and where in the kernel it waits. For the report
+/// of one that hangs.
+pub fn threads(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let mut threads = Vec::new();
+    for task in tasks.into_iter().flatten().flatten() {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stack = read("stack");
+        let calls = stack
+            .lines()
+            .filter_map(|l| l.split_whitespace().nth(1))
+            .take(4);
+        let stat = read("stat");
+        let state = stat
+            .rsplit(") ")
+            .next()
+            .and_then(|s| s.chars().next())
+            .unwrap_or('?');
+        threads.push(format!(
+            "{} {state} [{}]",
+            read("comm").trim(),
+            calls.collect::<Vec<_>>().join(" < ")
+        ));
+    }
+    threads
+}
