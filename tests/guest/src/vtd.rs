@@ -308,6 +308,7 @@ fn two_units(lab: &Lab) -> Result<()> {
 fn reboots(lab: &Lab) -> Result<()> {
     let image = lab.image("disk", 32)?;
     let mut guest = Guest::debian("6.12")
+        .verbose()
         .cmdline("intel_iommu=on")
         .option("--viommu", "type=vtd")
         .option("--disk", &format!("path={},iommu=on", image.display()))
