@@ -3,7 +3,7 @@
 //! x86 allows a start of 45 bits (57-bit virtual addresses in 4 KiB pages), a length of 40 bits
 //! and a target of 40 bits (52-bit physical addresses), which with three flags are 128 bits. So a
 //! mapping *is* two words, and the store is one level of a B+ tree: leaves of up to
-//! [`LEAF`] mappings, and a directory from a leaf's lower bound to the leaf. MAP and UNMAP of one
+//! `LEAF` mappings, and a directory from a leaf's lower bound to the leaf. MAP and UNMAP of one
 //! mapping are O(log n); a wide UNMAP costs what it removes. Work close to the last work (the
 //! pages of one buffer) finds its leaf without the directory.
 

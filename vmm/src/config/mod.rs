@@ -248,7 +248,7 @@ impl std::ops::Deref for Validated {
 
 /// Why a configuration does not make sense: one sentence with the thing, the value, the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", schema::one_line(.0))]
 pub struct ConfigError(String);
 
 impl VmConfig {

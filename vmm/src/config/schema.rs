@@ -62,8 +62,21 @@ pub struct Group {
 
 /// What is wrong with an option string or a document: one sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", one_line(.0))]
 pub struct SchemaError(pub String);
+
+/// `text` as one line that a terminal can show: what a user wrote may have control characters.
+pub(super) fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
+}
 
 impl Group {
     /// The JSON object that the option string `text` of the option `--{option}` stands for.

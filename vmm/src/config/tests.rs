@@ -206,3 +206,14 @@ proptest! {
         fuzz::options(&input);
     }
 }
+
+#[test]
+fn an_error_is_one_line_whatever_was_written() {
+    let mut builder = Builder::default();
+    let error = builder
+        .option("console", "\n\u{1b}[2J")
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("\\n\\u{1b}[2J"), "{error}");
+    assert!(!error.chars().any(char::is_control), "{error}");
+}

@@ -76,7 +76,7 @@ pub enum VirtioPciError {
 
 /// The PCI function around a virtio device.
 ///
-/// Locks: `config` before `state`; neither is taken by [`Shared`], which device threads call.
+/// Locks: `config` before `state`; neither is taken by `Shared`, which device threads call.
 pub struct VirtioPci {
     device: Arc<dyn VirtioDevice>,
     dma: DmaPort,

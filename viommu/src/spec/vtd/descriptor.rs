@@ -8,7 +8,7 @@ use super::registers::{InvalidateAddress, QueueError};
 /// for a 128-bit descriptor.
 pub type Words = [u64; 4];
 
-/// Descriptor types (Type[6:0] is bits 11:9 and 3:0).
+/// Descriptor types (Type bits 6:0 are bits 11:9 and 3:0).
 pub mod kind {
     /// Context-cache Invalidate (6.5.2.1).
     pub const CONTEXT_CACHE: u8 = 1;
