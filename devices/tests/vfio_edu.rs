@@ -5,13 +5,7 @@
 //! Runs where there is an `edu`, as root; elsewhere it says why it does nothing. It takes the
 //! device from the host (no host driver wants it) and leaves it bound to vfio-pci.
 //!
-//! On the lab's host:
-//!
-//! ```text
-//! RUSTFLAGS=-Ctarget-feature=+crt-static cargo test -p devices --test vfio_edu --no-run --target x86_64-unknown-linux-gnu
-//! cp target/x86_64-unknown-linux-gnu/debug/deps/vfio_edu-… target/lab/bin/vfio_edu
-//! echo '/lab/bin/vfio_edu --test-threads=1 2>&1' | cargo lab shell host --profile vtd
-//! ```
+//! `cargo lab test kernel::` runs it on the lab's host.
 
 #![expect(
     clippy::unwrap_used,

@@ -8,13 +8,7 @@
 //! detached, and a failed replace leaves the old table in force. What differs is translated here,
 //! in [`MockKernel`] and [`MockDevice`], and VT-d's own behaviour is tested on the back end's fake.
 //!
-//! On the lab's host:
-//!
-//! ```text
-//! RUSTFLAGS=-Ctarget-feature=+crt-static cargo test -p viommu --test iommufd_mock --no-run --target x86_64-unknown-linux-gnu
-//! cp target/x86_64-unknown-linux-gnu/debug/deps/iommufd_mock-… target/lab/bin/iommufd_mock
-//! echo '/lab/bin/iommufd_mock --test-threads=1 2>&1' | cargo lab shell host
-//! ```
+//! `cargo lab test kernel::` runs it on the lab's host.
 
 #![expect(
     clippy::unwrap_used,

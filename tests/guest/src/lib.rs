@@ -9,6 +9,7 @@ pub mod disk;
 pub mod ending;
 pub mod engine;
 pub mod harness;
+pub mod kernel;
 pub mod memory;
 pub mod net;
 pub mod passthrough;
@@ -29,6 +30,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("disk", disk::TESTS),
     ("ending", ending::TESTS),
     ("engine", engine::TESTS),
+    ("kernel", kernel::TESTS),
     ("memory", memory::TESTS),
     ("net", net::TESTS),
     ("passthrough", passthrough::TESTS),

@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::cpio::Archive;
+use crate::programs::KERNEL_TESTS;
 use crate::setup::{LAB_KERNEL, Qemu, Supplies};
 
 /// Writes everything that the machines see into `lab` (`target/lab`), which they all share:
@@ -20,6 +21,9 @@ pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
     fs::create_dir_all(&bin)?;
     for program in ["nestling", "guest-test"] {
         place(&programs.join(program), &bin.join(program))?;
+    }
+    for (_, test) in KERNEL_TESTS {
+        place(&programs.join(test), &bin.join(test))?;
     }
     // Debugging information would be most of every guest's initramfs.
     let agent = bin.join("init");
