@@ -75,11 +75,12 @@ impl Fuzzers {
     }
 
     /// Runs every target whose name contains `filter`, each for `time`, and says how it went.
+    /// With `seed` the inputs are the same in every run; without, they are new ones.
     ///
     /// # Errors
     /// A folder cannot be made or a target cannot be started; a broken invariant is not an error
     /// but counted.
-    pub fn run(&self, filter: &str, time: Duration) -> Result<Tally> {
+    pub fn run(&self, filter: &str, time: Duration, seed: Option<u32>) -> Result<Tally> {
         let mut tally = Tally::default();
         let chosen: Vec<_> = self
             .names
@@ -99,6 +100,7 @@ impl Fuzzers {
             fs::create_dir_all(folder.join("corpus"))?;
             let status = Command::new(&self.program)
                 .arg(format!("-max_total_time={}", time.as_secs().max(1)))
+                .args(seed.map(|seed| format!("-seed={seed}")))
                 .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
                 .arg(format!("-artifact_prefix={}/", folder.display()))
                 .arg(folder.join("corpus"))

@@ -123,7 +123,7 @@ fn run(cli: &Cli) -> Result<bool> {
             match input {
                 Some(input) => fuzzers.replay(target, input).map(|()| true),
                 None => {
-                    let tally = fuzzers.run(target, Duration::from_secs(*seconds))?;
+                    let tally = fuzzers.run(target, Duration::from_secs(*seconds), None)?;
                     Ok(tally.failed == 0)
                 }
             }

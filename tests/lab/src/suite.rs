@@ -13,6 +13,8 @@ use crate::report::{Tally, section};
 
 /// How long each fuzz target runs as part of the tests.
 const FUZZ_TIME: Duration = Duration::from_secs(10);
+/// So that two runs of the tests try the same inputs; `cargo lab fuzz` looks for new ones.
+const FUZZ_SEED: u32 = 20261120;
 
 /// Formatting, lints, documentation, licences.
 pub fn lints(root: &Path, tally: &mut Tally) {
@@ -90,7 +92,7 @@ pub fn units(root: &Path, tally: &mut Tally) -> Result<()> {
 /// Fuzzing for a bounded time.
 pub fn fuzzing(root: &Path, tally: &mut Tally) {
     section("Fuzzing");
-    match Fuzzers::build(root).and_then(|fuzzers| fuzzers.run("", FUZZ_TIME)) {
+    match Fuzzers::build(root).and_then(|fuzzers| fuzzers.run("", FUZZ_TIME, Some(FUZZ_SEED))) {
         Ok(done) => tally.add("fuzz targets", done.passed, done.failed),
         Err(error) => tally.check("the fuzz targets build and run", || Err(error)),
     }
