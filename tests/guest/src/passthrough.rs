@@ -98,7 +98,8 @@ fn without_viommu(lab: &Lab) -> Result<()> {
         .boot(lab)?;
     drive_keeps(&mut guest)?;
     let before = guest.run("sha256sum < /dev/nvme0n1")?;
-    guest.restart_by("reboot -f")?;
+    busy(&mut guest)?;
+    guest.restart_by(RESET)?;
     let after = guest.run_within(SLOW, "sha256sum < /dev/nvme0n1")?;
     ensure!(
         before == after,
@@ -123,6 +124,9 @@ fn behind(lab: &Lab, cmdline: &str, group: &str, translation: &str) -> Result<()
     rebind(&mut guest)?;
     drive_keeps(&mut guest)?;
     guest.restart_by("reboot -f")?;
+    drive_keeps(&mut guest)?;
+    busy(&mut guest)?;
+    guest.restart_by(RESET)?;
     drive_keeps(&mut guest)?;
     let units = guest.viommus()?;
     translation_is(&units, translation)?;
@@ -219,6 +223,18 @@ fn drive_keeps(guest: &mut Machine) -> Result<()> {
     Ok(())
 }
 
+/// Restarts the machine at once: no driver is asked to stop.
+const RESET: &str = "echo b > /proc/sysrq-trigger";
+
+/// Keeps the drive reading from here on.
+fn busy(guest: &mut Machine) -> Result<()> {
+    guest.run(
+        "for n in 1 2; do (while :; do echo 3 > /proc/sys/vm/drop_caches; \
+         cat /dev/nvme0n1; done) > /dev/null 2>&1 < /dev/null & done; sleep 1",
+    )?;
+    Ok(())
+}
+
 /// Takes the drive's driver away and gives it back.
 fn rebind(guest: &mut Machine) -> Result<()> {
     guest.run_within(
@@ -268,6 +284,13 @@ fn refusals(lab: &Lab) -> Result<()> {
     says(&[("--device", "path=/nowhere")], &["/nowhere", "lspci"])?;
     says(&[("--device", &sysfs)], &[NVME, "vfio-pci", "doctor"])?;
     let drive = Bound::new(NVME)?;
+    fs::rename("/dev/iommu", "/dev/iommu-away")?;
+    let without = says(
+        &[("--device", &drive.option(""))],
+        &["/dev/iommu", "nestling doctor"],
+    );
+    fs::rename("/dev/iommu-away", "/dev/iommu")?;
+    without?;
     says(
         &[("--device", &drive.option(",iommu=on"))],
         &[NVME, "first-stage", "mode=legacy"],

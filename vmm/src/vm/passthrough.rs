@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use devices::passthrough::vfio::OpenError;
+use devices::passthrough::vfio::{Hardware, Irq, OpenError};
 use devices::passthrough::{
     Admitted, Connections, DirectMemory, HostError, PassthroughHost, VfioPci, reserved_regions,
 };
@@ -71,7 +71,7 @@ pub enum PassthroughError {
         source: HostError,
     },
     /// Its vIOMMU does not take it.
-    #[error("device path={} cannot be behind its vIOMMU", path.display())]
+    #[error("device path={} cannot be passed through", path.display())]
     Viommu {
         /// As it was given.
         path: PathBuf,
@@ -228,6 +228,15 @@ impl Passthrough {
             admitted,
         } in waiting
         {
+            let hardware = admitted.device();
+            let has = |irq| hardware.interrupts(irq) > 0;
+            if has(Irq::Intx) && !has(Irq::Msi) && !has(Irq::Msix) {
+                log::warn!(
+                    "device path={} has an interrupt line only, which the guest is not told of: \
+                     a driver that does not poll will wait in vain",
+                    config.path.display()
+                );
+            }
             let behind = behind(config);
             let messages = interrupts.source(slot.rid(), viommus.remapper(behind));
             let direct: Arc<dyn DirectMemory> = self.slots.clone();
