@@ -83,13 +83,18 @@ impl Place {
         let logs = lab.join("logs").join(&test.name);
         crate::cache::remove(&logs)?;
         fs::create_dir_all(&logs)?;
-        let here = (self.direct && test.profile == PLAIN) || (test.tiny && opens_kvm());
-        let outcome = if here {
-            direct(&self.program, test, lab, &logs)
-        } else {
+        let outcome = if self.is_emulated(test) {
             self.emulated(test, &logs)
+        } else {
+            direct(&self.program, test, lab, &logs)
         };
         outcome.with_context(|| format!("logs: {}", logs.display()))
+    }
+
+    /// Whether a test runs in an emulated host, not on this machine.
+    pub fn is_emulated(&self, test: &Test) -> bool {
+        let here = (self.direct && test.profile == PLAIN) || (test.tiny && opens_kvm());
+        !here
     }
 }
 

@@ -420,8 +420,14 @@ impl Machine {
         let lines: Vec<&str> = console.lines().collect();
         let from = lines.len().saturating_sub(15);
         format!(
-            "nestling said: {said}\nits threads: {}\nthe console ended with:\n{}",
+            "nestling said: {said}\nits threads: {}\nits exits: {} and a second later: {}\n\
+             the console ended with:\n{}",
             process::threads(self.pid()).join(", "),
+            process::exits(self.pid()),
+            {
+                std::thread::sleep(Duration::from_secs(1));
+                process::exits(self.pid())
+            },
             lines[from..].join("\n")
         )
     }

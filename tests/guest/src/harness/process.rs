@@ -108,3 +108,25 @@ pub fn threads(pid: u32) -> Vec<String> {
     }
     threads
 }
+
+/// How often the guest of a process has left to KVM so far, by reason. Of two answers some time
+/// apart the difference says what a guest that hangs is doing.
+pub fn exits(pid: u32) -> String {
+    let guests = fs::read_dir("/sys/kernel/debug/kvm")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let ours = guests.filter(|g| {
+        g.file_name()
+            .to_string_lossy()
+            .starts_with(&format!("{pid}-"))
+    });
+    let mut said = String::new();
+    for guest in ours {
+        for reason in ["exits", "io_exits", "mmio_exits", "halt_exits", "irq_exits"] {
+            let count = fs::read_to_string(guest.path().join(reason)).unwrap_or_default();
+            said += &format!("{reason} {} ", count.trim());
+        }
+    }
+    said
+}
