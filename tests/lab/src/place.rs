@@ -92,7 +92,7 @@ impl Place {
     }
 
     /// Whether a test runs in an emulated host, not on this machine.
-    pub fn is_emulated(&self, test: &Test) -> bool {
+    fn is_emulated(&self, test: &Test) -> bool {
         let here = (self.direct && test.profile == PLAIN) || (test.tiny && opens_kvm());
         !here
     }

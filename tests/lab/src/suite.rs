@@ -1,6 +1,6 @@
 //! Everything that `cargo lab test` checks, in the order in which a mistake shows soonest.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::dependencies;
 use crate::fuzz::Fuzzers;
 use crate::place::{Place, Test};
-use crate::report::{Tally, note, section};
+use crate::report::{Tally, section};
 
 /// How long each fuzz target runs as part of the tests.
 const FUZZ_TIME: Duration = Duration::from_secs(10);
@@ -103,44 +103,9 @@ pub fn guests(place: &mut Place, tests: &[Test], lab: &Path, tally: &mut Tally) 
     section("Guest tests");
     let mut ordered: Vec<&Test> = tests.iter().collect();
     ordered.sort_by(|a, b| a.profile.cmp(&b.profile));
-    let mut unsteady = Vec::new();
     for test in ordered {
-        tally.check(&test.name, || match place.run(test, lab) {
-            Err(first) if place.is_emulated(test) && hung(&first) => {
-                keep_first_logs(lab, &test.name)?;
-                note(&format!(
-                    "{} hung in the emulated host: {first:#}",
-                    test.name
-                ));
-                unsteady.push(test.name.as_str());
-                place.run(test, lab)
-            }
-            outcome => outcome,
-        });
+        tally.check(&test.name, || place.run(test, lab));
     }
-    for name in unsteady {
-        println!(
-            "unsteady: {name} hung once; logs: {}",
-            first_logs(lab, name).display()
-        );
-    }
-}
-
-/// Whether a guest did not answer, which an emulated host sometimes does to it. What a test found
-/// wrong is never tried again.
-fn hung(error: &anyhow::Error) -> bool {
-    format!("{error:#}").contains("did not answer")
-}
-
-fn first_logs(lab: &Path, test: &str) -> PathBuf {
-    lab.join("logs").join(format!("{test}.hung"))
-}
-
-fn keep_first_logs(lab: &Path, test: &str) -> Result<()> {
-    let kept = first_logs(lab, test);
-    crate::cache::remove(&kept)?;
-    std::fs::rename(lab.join("logs").join(test), kept)?;
-    Ok(())
 }
 
 /// What the test program lists.
