@@ -9,6 +9,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, Command};
+use vmm::control::sentence;
 use vmm::outcome::{STATUS_ERROR, STATUS_USAGE};
 
 /// Why the command ends without having done its work.
@@ -71,20 +72,6 @@ fn fail(failure: Failure) -> ExitCode {
     };
     eprintln!("nestling: {text}");
     ExitCode::from(status)
-}
-
-/// An error and its sources as one line; a source that is told already is left out.
-fn sentence(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        let more = source.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        next = source.source();
-    }
-    text.replace('\n', " ")
 }
 
 /// clap's report as one line: what is wrong, and its tip.

@@ -4,7 +4,9 @@ use std::fmt::Write as _;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use vmm::config::{Builder, Field, PayloadConfig, SECTIONS, Section, schema};
+use vmm::control::{self, Shared};
 use vmm::outcome::STATUSES;
+use vmm::vm::Control;
 
 use crate::Failure;
 
@@ -92,7 +94,12 @@ pub(crate) fn run(options: &ArgMatches) -> Result<u8, Failure> {
         .and_then(|config| config.build().map_err(|why| why.to_string()))
         .and_then(|config| config.validate().map_err(|why| why.to_string()))
         .map_err(Failure::Usage)?;
-    match vmm::vm::run(&config) {
+    let (_controller, requests) = control::channel().map_err(|why| Failure::Error(why.into()))?;
+    let control = Control {
+        requests,
+        shared: Shared::default(),
+    };
+    match vmm::vm::run(Some(config), control) {
         Ok(outcome) => Ok(outcome.status()),
         Err(why) => Err(Failure::Error(Box::new(why))),
     }

@@ -6,6 +6,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod config;
+pub mod control;
 pub mod doctor;
 pub mod interrupts;
 pub mod kvm;

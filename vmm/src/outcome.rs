@@ -15,6 +15,8 @@ pub enum Outcome {
     DebugExit(u8),
     /// A signal, or Ctrl-A x, ended nestling.
     Signal(u8),
+    /// A client asked for it (vmm.shutdown).
+    Requested,
 }
 
 /// The status for errors of nestling or its host.
@@ -26,7 +28,7 @@ impl Outcome {
     /// The exit status of the process.
     pub fn status(&self) -> u8 {
         match self {
-            Self::PowerOff => 0,
+            Self::PowerOff | Self::Requested => 0,
             Self::Reboot => 3,
             Self::TripleFault => 4,
             Self::DebugExit(status) => *status,
@@ -37,7 +39,10 @@ impl Outcome {
 
 /// Every exit status, for help texts.
 pub const STATUSES: &[(&str, &str)] = &[
-    ("0", "the guest powered itself off"),
+    (
+        "0",
+        "the guest powered itself off, or a client asked for the end (vmm.shutdown)",
+    ),
     (
         "1",
         "nestling or the host cannot go on; the reason is on standard error",

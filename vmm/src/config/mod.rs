@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod change;
 mod groups;
 pub mod schema;
 pub mod values;
@@ -234,7 +235,8 @@ impl<'c> Behind<'c> {
     }
 }
 
-/// A configuration that makes sense as a whole. Only [`VmConfig::validate`] makes one.
+/// A configuration that makes sense as a whole, in which every device has a name. Only
+/// [`VmConfig::validate`] makes one.
 #[derive(Clone, Debug)]
 pub struct Validated(VmConfig);
 
@@ -315,7 +317,43 @@ impl VmConfig {
                 net.tap
             ));
         }
+        self.give_ids();
         Ok(Validated(self))
+    }
+
+    /// Gives each device that has no name one: `_disk0`, `_net0`, `_device0`, `_test0`, and so on.
+    fn give_ids(&mut self) {
+        let mut taken: BTreeSet<String> = self.ids().map(str::to_owned).collect();
+        let mut give = |id: &mut Option<String>, kind: &str| {
+            if id.is_none() {
+                let free = (0..).map(|n| format!("_{kind}{n}"));
+                let mut free = free.filter(|name| !taken.contains(name));
+                *id = free.next();
+                taken.extend(id.clone());
+            }
+        };
+        for disk in &mut self.disks {
+            give(&mut disk.id, "disk");
+        }
+        for net in &mut self.net {
+            give(&mut net.id, "net");
+        }
+        for device in &mut self.devices {
+            give(&mut device.id, "device");
+        }
+        for device in &mut self.test_devices {
+            give(&mut device.id, "test");
+        }
+    }
+
+    /// The names of devices and vIOMMUs.
+    fn ids(&self) -> impl Iterator<Item = &str> {
+        let disks = self.disks.iter().filter_map(|d| d.id.as_deref());
+        let nets = self.net.iter().filter_map(|n| n.id.as_deref());
+        let passed = self.devices.iter().filter_map(|d| d.id.as_deref());
+        let tests = self.test_devices.iter().filter_map(|t| t.id.as_deref());
+        let viommus = self.viommus.iter().map(|v| v.id.as_str());
+        disks.chain(nets).chain(passed).chain(tests).chain(viommus)
     }
 
     fn check_devices(&self) -> Result<(), ConfigError> {
@@ -444,12 +482,7 @@ impl VmConfig {
 
     fn check_ids(&self) -> Result<(), ConfigError> {
         let mut seen = BTreeSet::new();
-        let disks = self.disks.iter().filter_map(|d| d.id.as_deref());
-        let nets = self.net.iter().filter_map(|n| n.id.as_deref());
-        let passed = self.devices.iter().filter_map(|d| d.id.as_deref());
-        let tests = self.test_devices.iter().filter_map(|t| t.id.as_deref());
-        let viommus = self.viommus.iter().map(|v| v.id.as_str());
-        for id in disks.chain(nets).chain(passed).chain(tests).chain(viommus) {
+        for id in self.ids() {
             let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
             if id.is_empty() || id.len() > 64 || !id.bytes().all(plain) || id.starts_with("__") {
                 return Err(ConfigError(format!(

@@ -1,16 +1,18 @@
 //! vCPU threads: they run the guest, hand its exits to the buses, and stop when they are told.
 //!
-//! **Kicks are never lost.** [`VcpuThreads::stop`] sets a flag and then sends a signal. The
-//! signal's handler sets `immediate_exit` in the thread's own `kvm_run`. So wherever the signal
-//! hits, either the thread has not yet looked at the flag, or KVM_RUN returns at once.
+//! **Kicks are never lost.** [`VcpuThreads::stop`] and [`VcpuThreads::pause`] say in a [`Gate`]
+//! what is wanted and then send a signal. The signal's handler sets `immediate_exit` in the
+//! thread's own `kvm_run`. So wherever the signal hits, either the thread has not yet looked at the
+//! gate, or KVM_RUN returns at once.
 
 use std::cell::Cell;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -108,10 +110,86 @@ fn kick_signal() -> libc::c_int {
     SIGRTMIN()
 }
 
+/// What the vCPU threads are to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+enum Wish {
+    Run,
+    Pause,
+    Stop,
+}
+
+/// Where vCPU threads wait while they are paused.
+#[derive(Debug, Default)]
+struct Gate {
+    /// The [`Wish`], for a look between two exits.
+    wish: AtomicU8,
+    inside: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    paused: usize,
+    ended: usize,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wish(&self) -> Wish {
+        match self.wish.load(Ordering::Acquire) {
+            0 => Wish::Run,
+            1 => Wish::Pause,
+            _ => Wish::Stop,
+        }
+    }
+
+    fn set(&self, wish: Wish) {
+        // Under the lock: a thread that is about to wait must not miss it.
+        let inside = self.lock();
+        self.wish.store(wish as u8, Ordering::Release);
+        self.changed.notify_all();
+        drop(inside);
+    }
+
+    /// On a vCPU thread: waits for as long as it is to pause.
+    fn wait(&self) {
+        let mut inside = self.lock();
+        inside.paused += 1;
+        self.changed.notify_all();
+        while self.wish() == Wish::Pause {
+            let woken = self.changed.wait(inside);
+            inside = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+        inside.paused -= 1;
+    }
+
+    /// On a vCPU thread: it ends.
+    fn end(&self) {
+        self.lock().ended += 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until all of `threads` wait or have ended; whether they do in time.
+    fn all_wait(&self, threads: usize, limit: Duration) -> bool {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), limit, |inside| {
+                inside.paused + inside.ended < threads
+            });
+        let (inside, result) = waited.unwrap_or_else(PoisonError::into_inner);
+        drop(inside);
+        !result.timed_out()
+    }
+}
+
 /// The vCPU threads of a VM. Dropping them stops them.
 #[derive(Debug)]
 pub struct VcpuThreads {
-    stop: Arc<AtomicBool>,
+    gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -137,7 +215,7 @@ impl VcpuThreads {
             failed("sigaction", "the kick signal".into())(io::Error::from_raw_os_error(why.errno()))
         })?;
         let mut started = Self {
-            stop: Arc::default(),
+            gate: Arc::default(),
             threads: Vec::with_capacity(vcpus.len()),
         };
         for (index, fd) in vcpus.into_iter().enumerate() {
@@ -146,7 +224,7 @@ impl VcpuThreads {
                 index,
                 exits: exits.clone(),
                 events: events.clone(),
-                stop: started.stop.clone(),
+                gate: started.gate.clone(),
                 _vm: vm.clone(),
             };
             let thread = std::thread::Builder::new()
@@ -158,18 +236,39 @@ impl VcpuThreads {
         Ok(started)
     }
 
+    /// Stops all vCPUs between two instructions and waits until they stand still; `false`, and all
+    /// run, when one has not finished its exit within `limit`.
+    pub fn pause(&self, limit: Duration) -> bool {
+        self.gate.set(Wish::Pause);
+        self.kick();
+        let all = self.gate.all_wait(self.threads.len(), limit);
+        if !all {
+            self.resume();
+        }
+        all
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self) {
+        self.gate.set(Wish::Run);
+    }
+
     /// Stops all vCPUs and waits until they have. A guest cannot delay it: each exit is finished,
     /// none is begun.
     pub fn stop(&mut self) {
-        self.stop.store(true, Ordering::Release);
+        self.gate.set(Wish::Stop);
+        self.kick();
+        for thread in self.threads.drain(..) {
+            // A panic of a vCPU thread was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+
+    fn kick(&self) {
         for thread in &self.threads {
             // SAFETY: the thread has not been joined, so its pthread_t is valid; the signal has a
             // handler.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
-        }
-        for thread in self.threads.drain(..) {
-            // A panic of a vCPU thread was reported when it happened.
-            let _ = thread.join();
         }
     }
 }
@@ -185,7 +284,7 @@ struct Vcpu {
     index: usize,
     exits: Arc<dyn Exits>,
     events: Arc<EventLine>,
-    stop: Arc<AtomicBool>,
+    gate: Arc<Gate>,
     // Keeps guest memory mapped for as long as the vCPU can run.
     _vm: Arc<Vm>,
 }
@@ -206,6 +305,7 @@ impl Vcpu {
         let ended =
             std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.run_until_stop()));
         IMMEDIATE_EXIT.with(|cell| cell.set(ptr::null_mut()));
+        self.gate.end();
         match ended {
             Ok(None) => {}
             Ok(Some(event)) => self.events.report(event),
@@ -217,7 +317,18 @@ impl Vcpu {
     }
 
     fn run_until_stop(&mut self) -> Option<GuestEvent> {
-        while !self.stop.load(Ordering::Acquire) {
+        loop {
+            match self.gate.wish() {
+                Wish::Run => {}
+                Wish::Pause => {
+                    self.gate.wait();
+                    // So that the guest's watchdogs do not count the time. A guest without
+                    // KVM's clock has none to tell.
+                    let _ = self.fd.kvmclock_ctrl();
+                    continue;
+                }
+                Wish::Stop => return None,
+            }
             let next = match self.fd.run() {
                 Ok(exit) => handle(exit, &*self.exits, self.index),
                 Err(why) => match why.errno() {
@@ -243,7 +354,6 @@ impl Vcpu {
                 Next::Stop(event) => return Some(event),
             }
         }
-        None
     }
 
     /// Port I/O: a string instruction comes as several accesses of the same size in one exit.

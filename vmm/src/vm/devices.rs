@@ -201,8 +201,10 @@ impl Devices {
         config: &Validated,
         interrupts: &Arc<Interrupts>,
     ) -> Result<(), DeviceError> {
-        for (n, disk) in config.disks.iter().enumerate() {
-            let serial = disk.id.clone().unwrap_or_else(|| format!("disk{n}"));
+        for disk in &config.disks {
+            let id = disk.id.as_deref().unwrap_or_default();
+            // A name that was made up shows as `disk0`.
+            let serial = id.strip_prefix('_').unwrap_or(id).to_owned();
             let device = Block::open(&BlockConfig {
                 path: disk.path.clone(),
                 readonly: disk.readonly,

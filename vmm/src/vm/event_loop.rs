@@ -1,26 +1,55 @@
-//! The one event loop: what the guest ended with, signals, and what is typed.
+//! The one event loop: what the guest ended with, signals, requests, devices, and what is typed.
+//!
+//! It runs on the main thread, which owns the VM, and hands out what is to be done as values: no
+//! closure of it reaches into the VM.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
-use std::sync::Arc;
 
-use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
+use viommu::Rid;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::kvm::vcpu::{EventLine, GuestEvent};
 use crate::terminal::Escape;
 
-/// Why the loop ended.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// What woke the loop.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Wake {
-    /// The guest did something that ends it.
-    Guest(GuestEvent),
-    /// This signal came, or Ctrl-A x was typed.
+    /// The guest did something that ends it; its `EventLine` says what.
+    Guest,
+    /// A signal that ends nestling came, or Ctrl-A x was typed.
     Signal(u8),
+    /// The live state is to be printed.
+    PrintState,
+    /// The power button is to be pressed.
+    PowerButton,
+    /// There may be requests.
+    Requests,
+    /// Something about a device.
+    Device(DeviceEvent),
+}
+
+/// Something about a device that the event loop's thread has to look after.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum DeviceEvent {
+    /// The host's device at this address had an error that cannot be corrected.
+    Failed(Rid),
+    /// The host wants the device at this address back.
+    Wanted(Rid),
+}
+
+impl Wake {
+    /// Whether it means nothing once the VM is gone.
+    fn is_of_the_vm(self) -> bool {
+        matches!(self, Self::Guest | Self::Device(_))
+    }
 }
 
 /// Something that takes what is typed: a serial port, a console.
@@ -33,22 +62,6 @@ pub(super) trait Input {
 
     /// Called when it is.
     fn has_room(&self) {}
-}
-
-/// What to do on SIGUSR1 and SIGPWR.
-pub(super) struct OnSignal {
-    /// SIGUSR1.
-    pub(super) user1: Box<dyn Fn()>,
-    /// SIGPWR.
-    pub(super) power: Box<dyn Fn()>,
-}
-
-/// A descriptor to watch.
-pub(super) struct Watched {
-    /// Which.
-    pub(super) event: EventFd,
-    /// What to do each time that it is signalled.
-    pub(super) act: Box<dyn Fn()>,
 }
 
 /// Signals, blocked for the whole process and read from a file descriptor. Make it before any
@@ -96,56 +109,109 @@ impl Signals {
     }
 }
 
-type Ended = Rc<RefCell<Option<Wake>>>;
+type Wakes = Rc<RefCell<VecDeque<Wake>>>;
 
-fn end(ended: &Ended, wake: Wake) {
-    ended.borrow_mut().get_or_insert(wake);
+/// Something that is watched.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct WatchId(SubscriberId);
+
+/// The loop. It lives as long as nestling; what belongs to a VM is watched for as long as that VM
+/// is there.
+pub(super) struct EventLoop {
+    manager: EventManager<Box<dyn MutEventSubscriber>>,
+    wakes: Wakes,
+    of_the_vm: Vec<WatchId>,
 }
 
-/// Runs until the guest or a signal ends it.
-///
-/// # Errors
-/// The loop itself fails (epoll).
-pub(super) fn run(
-    events: Arc<EventLine>,
-    signals: Signals,
-    on_signal: OnSignal,
-    typed_into: Option<Box<dyn Input>>,
-    watched: Vec<Watched>,
-) -> io::Result<(Wake, Signals)> {
-    let ended = Ended::default();
-    let signals = Rc::new(RefCell::new(Some(signals)));
-    let mut manager: EventManager<Box<dyn MutEventSubscriber>> =
-        EventManager::new().map_err(io::Error::other)?;
-    manager.add_subscriber(Box::new(GuestEnd {
-        events,
-        ended: ended.clone(),
-    }));
-    manager.add_subscriber(Box::new(SignalReader {
-        signals: signals.clone(),
-        on_signal,
-        ended: ended.clone(),
-    }));
-    for one in watched {
-        manager.add_subscriber(Box::new(one));
+impl EventLoop {
+    /// A loop that watches `signals`.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub(super) fn new(signals: Signals) -> io::Result<Self> {
+        let wakes = Wakes::default();
+        let mut manager: EventManager<Box<dyn MutEventSubscriber>> =
+            EventManager::new().map_err(io::Error::other)?;
+        manager.add_subscriber(Box::new(SignalReader {
+            signals,
+            wakes: wakes.clone(),
+        }));
+        Ok(Self {
+            manager,
+            wakes,
+            of_the_vm: Vec::new(),
+        })
     }
-    if let Some(target) = typed_into {
-        manager.add_subscriber(Box::new(Keyboard {
+
+    /// Wakes with `wake` each time that `event` is readable, and reads it: an eventfd or a
+    /// timerfd that does not block.
+    ///
+    /// # Errors
+    /// The host cannot watch it.
+    pub(super) fn watch(&mut self, event: impl Into<OwnedFd>, wake: Wake) -> io::Result<WatchId> {
+        let refused = Rc::new(RefCell::new(None));
+        let id = self.manager.add_subscriber(Box::new(Watched {
+            event: event.into().into(),
+            wake,
+            wakes: self.wakes.clone(),
+            refused: refused.clone(),
+        }));
+        if let Some(why) = refused.borrow_mut().take() {
+            let _ = self.manager.remove_subscriber(id);
+            return Err(why);
+        }
+        let id = WatchId(id);
+        if wake.is_of_the_vm() {
+            self.of_the_vm.push(id);
+        }
+        Ok(id)
+    }
+
+    /// As [`watch`](Self::watch), for an event that somebody else keeps.
+    pub(super) fn watch_event(&mut self, event: &EventFd, wake: Wake) -> io::Result<WatchId> {
+        let event = event.try_clone()?.into_raw_fd();
+        // SAFETY: the clone has just given up this descriptor, so nobody else owns it.
+        self.watch(unsafe { OwnedFd::from_raw_fd(event) }, wake)
+    }
+
+    /// Watches `id` no longer.
+    pub(super) fn unwatch(&mut self, id: WatchId) {
+        self.of_the_vm.retain(|one| *one != id);
+        if self.manager.remove_subscriber(id.0).is_err() {
+            log::error!("something was watched no longer twice");
+        }
+    }
+
+    /// Gives what is typed to `target`.
+    pub(super) fn type_into(&mut self, target: Box<dyn Input>) {
+        let id = self.manager.add_subscriber(Box::new(Keyboard {
             target,
             escape: Escape::default(),
             waiting: Vec::new(),
-            ended: ended.clone(),
+            wakes: self.wakes.clone(),
         }));
+        self.of_the_vm.push(WatchId(id));
     }
-    loop {
-        let wake = ended.borrow().clone();
-        if let Some(wake) = wake {
-            drop(manager);
-            let signals = signals.borrow_mut().take();
-            let signals = signals.ok_or_else(|| io::Error::other("the signals are gone"))?;
-            return Ok((wake, signals));
+
+    /// Forgets all that belongs to a VM that is gone.
+    pub(super) fn forget_vm(&mut self) {
+        for id in std::mem::take(&mut self.of_the_vm) {
+            self.unwatch(id);
         }
-        manager.run().map_err(io::Error::other)?;
+        self.wakes.borrow_mut().retain(|wake| !wake.is_of_the_vm());
+    }
+
+    /// Waits until something is to be done.
+    ///
+    /// # Errors
+    /// The loop itself fails (epoll).
+    pub(super) fn wait(&mut self) -> io::Result<Wake> {
+        loop {
+            if let Some(wake) = self.wakes.borrow_mut().pop_front() {
+                return Ok(wake);
+            }
+            self.manager.run().map_err(io::Error::other)?;
+        }
     }
 }
 
@@ -155,61 +221,44 @@ fn add(ops: &mut EventOps<'_>, events: Events, what: &str) {
     }
 }
 
-struct GuestEnd {
-    events: Arc<EventLine>,
-    ended: Ended,
-}
-
-impl MutEventSubscriber for GuestEnd {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        let events = Events::new(self.events.eventfd(), EventSet::IN);
-        add(ops, events, "the guest's end");
-    }
-
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        let _ = self.events.eventfd().read();
-        if let Some(event) = self.events.event() {
-            end(&self.ended, Wake::Guest(event));
-        }
-    }
+struct Watched {
+    event: File,
+    wake: Wake,
+    wakes: Wakes,
+    refused: Rc<RefCell<Option<io::Error>>>,
 }
 
 impl MutEventSubscriber for Watched {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        add(
-            ops,
-            Events::new(&self.event, EventSet::IN),
-            "a device's event",
-        );
-    }
-
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        let _ = self.event.read();
-        (self.act)();
-    }
-}
-
-struct SignalReader {
-    signals: Rc<RefCell<Option<Signals>>>,
-    on_signal: OnSignal,
-    ended: Ended,
-}
-
-impl MutEventSubscriber for SignalReader {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        if let Some(signals) = &*self.signals.borrow() {
-            add(ops, Events::new(&signals.0, EventSet::IN), "signals");
+        if let Err(why) = ops.add(Events::new(&self.event, EventSet::IN)) {
+            *self.refused.borrow_mut() = Some(io::Error::other(why));
         }
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        let mut signals = self.signals.borrow_mut();
-        while let Some(number) = signals.as_mut().and_then(Signals::next) {
-            match number {
-                libc::SIGUSR1 => (self.on_signal.user1)(),
-                libc::SIGPWR => (self.on_signal.power)(),
-                other => end(&self.ended, Wake::Signal(other as u8)),
-            }
+        // The count does not matter, and nothing does if another thread has read it.
+        let _ = self.event.read(&mut [0; 8]);
+        self.wakes.borrow_mut().push_back(self.wake);
+    }
+}
+
+struct SignalReader {
+    signals: Signals,
+    wakes: Wakes,
+}
+
+impl MutEventSubscriber for SignalReader {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        add(ops, Events::new(&self.signals.0, EventSet::IN), "signals");
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        while let Some(number) = self.signals.next() {
+            self.wakes.borrow_mut().push_back(match number {
+                libc::SIGUSR1 => Wake::PrintState,
+                libc::SIGPWR => Wake::PowerButton,
+                other => Wake::Signal(other as u8),
+            });
         }
     }
 }
@@ -220,7 +269,7 @@ struct Keyboard {
     target: Box<dyn Input>,
     escape: Escape,
     waiting: Vec<u8>,
-    ended: Ended,
+    wakes: Wakes,
 }
 
 impl Keyboard {
@@ -259,7 +308,8 @@ impl Keyboard {
                 let (through, quit) = self.escape.filter(&bytes[..got]);
                 self.waiting.extend(through);
                 if quit {
-                    end(&self.ended, Wake::Signal(libc::SIGINT as u8));
+                    let quit = Wake::Signal(libc::SIGINT as u8);
+                    self.wakes.borrow_mut().push_back(quit);
                 }
                 if !self.give() {
                     let _ = ops.remove(Self::stdin());

@@ -1,39 +1,45 @@
 //! A VM from its configuration to its end.
 //!
-//! [`run`] builds the VM, runs it, and builds it again after a reboot. Building is in the order
-//! in which a mistake of the user is cheapest to tell: memory, kernel, devices, then vCPUs.
-//! Nothing is left behind when any of it fails.
+//! [`run`] owns the VM: it builds it, starts it, does what clients ask, and builds it again after
+//! a reboot. Building is in the order in which a mistake of the user is cheapest to tell: memory,
+//! kernel, devices, then vCPUs. Nothing is left behind when any of it fails.
 
 mod buses;
 mod devices;
 mod event_loop;
 mod pasids;
 mod passthrough;
+mod session;
 mod terminal_io;
 mod viommus;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use ::devices::interrupt::IrqLine;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use devices::DeviceError;
 pub use passthrough::PassthroughError;
+pub use session::{Control, run};
 pub use viommus::{ViommuError, ViommuState, ViommuStates};
 
 use self::devices::Devices;
-use self::event_loop::{OnSignal, Signals, Wake, Watched};
+use self::event_loop::{DeviceEvent, EventLoop, Wake};
 use self::passthrough::Passthrough;
+use self::session::Context;
 use crate::acpi::{self, Platform};
 use crate::boot::{self, ACPI_AREA, BootError};
-use crate::config::{OnReboot, Validated};
+use crate::config::Validated;
+use crate::control::{
+    ApiError, Code, Counters, DeviceNode, Inspect, NewDevice, PciDeviceInfo, Progress, Removal,
+    Reply,
+};
 use crate::interrupts::Interrupts;
 use crate::kvm::vcpu::{EventLine, Exits, GuestEvent, VcpuThreads};
 use crate::kvm::{self, Host, KvmError, cpuid, registers};
 use crate::memory::layout::{self, IOAPIC, LayoutError};
 use crate::memory::ram::{self, RamError};
-use crate::outcome::Outcome;
 use crate::terminal::RawMode;
 
 /// Why a VM does not run, or did not go on: one sentence, with its sources' appended.
@@ -74,34 +80,6 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Host { what, source }
 }
 
-/// Runs the VM that `config` describes until it ends.
-///
-/// # Errors
-/// It cannot be built, or nestling or KVM cannot go on.
-pub fn run(config: &Validated) -> Result<Outcome, VmError> {
-    let kvm = Host::open()?;
-    // Before any thread, so that all of them leave the signals to the event loop.
-    let mut signals = Signals::block().map_err(host("a descriptor for signals"))?;
-    let mut first_boot = true;
-    loop {
-        let vm = Vm::build(config, &kvm, first_boot)?;
-        first_boot = false;
-        let wake;
-        (wake, signals) = vm.run(signals)?;
-        match wake {
-            Wake::Guest(GuestEvent::Reset) if config.platform.on_reboot == OnReboot::Restart => {
-                log::info!("the guest reboots");
-            }
-            Wake::Guest(GuestEvent::Reset) => return Ok(Outcome::Reboot),
-            Wake::Guest(GuestEvent::PowerOff) => return Ok(Outcome::PowerOff),
-            Wake::Guest(GuestEvent::TripleFault) => return Ok(Outcome::TripleFault),
-            Wake::Guest(GuestEvent::DebugExit(status)) => return Ok(Outcome::DebugExit(status)),
-            Wake::Guest(GuestEvent::Failed(why)) => return Err(VmError::Failed(why)),
-            Wake::Signal(number) => return Ok(Outcome::Signal(number)),
-        }
-    }
-}
-
 /// A VM that was built. Fields are dropped in this order: first what uses the others.
 struct Vm {
     vcpus: Vec<kvm_ioctls::VcpuFd>,
@@ -112,12 +90,22 @@ struct Vm {
 }
 
 impl Vm {
-    fn build(config: &Validated, host_kvm: &Host, first_boot: bool) -> Result<Self, VmError> {
+    fn build(
+        config: &Validated,
+        host_kvm: &Host,
+        first_boot: bool,
+        progress: &Progress,
+    ) -> Result<Self, VmError> {
+        progress.step("guest memory");
         let size = config.memory.size.0;
         let reserved = passthrough::reserved(&config.devices).map_err(DeviceError::from)?;
         let layout = layout::compose(size, host_kvm.address_width(), &reserved)?;
         let ram = ram::allocate(&config.memory, &layout)?;
         let memory_map = boot::memory_map(&layout);
+        progress.step(match config.devices.is_empty() {
+            true => "kernel",
+            false => "kernel, and guest memory in the host's IOMMU",
+        });
         let (entry, iommu) = passthrough::open_during(&config.devices, &ram, || {
             boot::load(&ram, &layout, &config.payload, &memory_map, ACPI_AREA.first)
         });
@@ -127,6 +115,7 @@ impl Vm {
         let kvm = Arc::new(host_kvm.create_vm(ram.clone(), cpus)?);
         let interrupts = Interrupts::new(kvm.fd().clone());
         let events = Arc::new(EventLine::new().map_err(host("an event descriptor"))?);
+        progress.step("devices");
         let passthrough = iommu.map(|iommu| Passthrough::new(iommu, &kvm)).transpose();
         let passthrough = passthrough.map_err(DeviceError::from)?;
         let devices = Devices::new(
@@ -143,6 +132,7 @@ impl Vm {
         ram.write_slice(&tables.bytes, GuestAddress(tables.at))
             .map_err(|_| BootError::Write { at: tables.at })?;
 
+        progress.step("vCPUs");
         let mut vcpus = Vec::with_capacity(cpus.into());
         for index in 0..cpus {
             let vcpu = kvm.create_vcpu(index)?;
@@ -160,70 +150,116 @@ impl Vm {
         })
     }
 
-    fn run(mut self, signals: Signals) -> Result<(Wake, Signals), VmError> {
+    /// Watches what the guest and its devices do from now on, and lets the vCPUs run.
+    fn start(mut self, event_loop: &mut EventLoop) -> Result<Running, VmError> {
         let typed_into = self.devices.typed_into();
-        let _raw = match typed_into {
+        let raw = match typed_into {
             Some(_) => RawMode::enter().map_err(host("the terminal in raw mode"))?,
             None => None,
         };
+        if let Some(target) = typed_into {
+            event_loop.type_into(target);
+        }
+        let watched = "a watch of the event loop";
+        event_loop
+            .watch_event(self.events.eventfd(), Wake::Guest)
+            .map_err(host(watched))?;
+        for passed in self.devices.passed() {
+            for (event, about) in passed.events() {
+                event_loop
+                    .watch_event(event, Wake::Device(about))
+                    .map_err(host(watched))?;
+            }
+        }
         let exits: Arc<dyn Exits> = Arc::new(self.devices.buses().clone());
         let vcpus = std::mem::take(&mut self.vcpus);
-        let mut threads = VcpuThreads::start(&self.kvm, vcpus, &exits, &self.events)?;
-        let front_ends = self.devices.viommus().front_ends();
-        let watched = self.watched()?;
-        let on_signal = OnSignal {
-            user1: Box::new(move || print_state(&front_ends)),
-            power: Box::new(press(self.devices.power_button())),
+        let threads = VcpuThreads::start(&self.kvm, vcpus, &exits, &self.events)?;
+        Ok(Running {
+            threads,
+            vm: self,
+            _raw: raw,
+        })
+    }
+
+    /// Does what an event of a device asks for.
+    fn device_event(&mut self, event: DeviceEvent, _context: &mut Context<'_>) {
+        let path = |rid| {
+            let passed = self.devices.passed().iter().find(|p| p.rid() == rid);
+            passed.map(|passed| passed.path().display().to_string())
         };
-        let ended = event_loop::run(self.events.clone(), signals, on_signal, typed_into, watched);
-        threads.stop();
-        ended.map_err(host("the event loop"))
-    }
-
-    /// What the host says of its devices while the guest has them.
-    fn watched(&self) -> Result<Vec<Watched>, DeviceError> {
-        let mut watched = Vec::new();
-        for passed in self.devices.passed() {
-            let path = passed.path().display().to_string();
-            let (failed, wanted) = passed.events()?;
-            let (events, what) = (self.events.clone(), path.clone());
-            watched.push(Watched {
-                event: failed,
-                act: Box::new(move || {
-                    // What the device does from now on is undefined.
-                    events.report(GuestEvent::Failed(format!(
-                        "device path={what} had an uncorrected error; see the kernel's log of the host"
-                    )));
-                }),
-            });
-            let press = press(self.devices.power_button());
-            watched.push(Watched {
-                event: wanted,
-                act: Box::new(move || {
-                    log::warn!(
-                        "the host wants device path={path} back: the guest is asked to power off"
-                    );
-                    press();
-                }),
-            });
+        match event {
+            DeviceEvent::Failed(rid) => {
+                let Some(path) = path(rid) else { return };
+                // What the device does from now on is undefined.
+                self.events.report(GuestEvent::Failed(format!(
+                    "device path={path} had an uncorrected error; see the kernel's log of the host"
+                )));
+            }
+            DeviceEvent::Wanted(rid) => {
+                let Some(path) = path(rid) else { return };
+                log::warn!(
+                    "the host wants device path={path} back: the guest is asked to power off"
+                );
+                self.press_power_button();
+            }
         }
-        Ok(watched)
     }
-}
 
-/// Presses the power button.
-fn press(button: Arc<dyn IrqLine>) -> impl Fn() {
-    move || {
+    /// Plugs a device: all of it or nothing.
+    fn add(
+        &mut self,
+        device: NewDevice,
+        _context: &mut Context<'_>,
+    ) -> Result<PciDeviceInfo, ApiError> {
+        Err(ApiError::new(
+            Code::NoFreeSlot,
+            format!("there is no slot for {}", device.id()),
+        ))
+    }
+
+    /// Unplugs a device, and answers when it is gone.
+    fn remove(&mut self, id: &str, _how: Removal, reply: Reply, _context: &mut Context<'_>) {
+        reply.send(Err(session::no_such_device(id)));
+    }
+
+    /// Its PCI functions by name.
+    fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
+        BTreeMap::new()
+    }
+
+    /// What can be asked of it while it runs.
+    fn inspector(&self) -> Inspector {
+        Inspector {
+            front_ends: self.devices.viommus().front_ends(),
+        }
+    }
+
+    fn press_power_button(&self) {
+        let button = self.devices.power_button();
         button.set(true);
         button.set(false);
     }
 }
 
-/// Prints the live state as one line of JSON.
-fn print_state(front_ends: &[viommus::FrontEnd]) {
-    match serde_json::to_string(&viommus::states(front_ends)) {
-        Ok(text) => eprintln!("{text}"),
-        Err(why) => log::error!("the state cannot be printed: {why}"),
+/// A VM whose vCPUs run, or are paused. Fields are dropped in this order: the vCPUs stop first.
+struct Running {
+    threads: VcpuThreads,
+    vm: Vm,
+    _raw: Option<RawMode>,
+}
+
+/// What can be asked of a VM while it runs.
+struct Inspector {
+    front_ends: Vec<viommus::FrontEnd>,
+}
+
+impl Inspect for Inspector {
+    fn viommus(&self) -> ViommuStates {
+        viommus::states(&self.front_ends)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters::new()
     }
 }
 

@@ -20,6 +20,7 @@ use viommu::backend::iommufd::{HostIommu, prefault};
 use viommu::{GuestRam, Rid};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::event_loop::DeviceEvent;
 use super::viommus::{ViommuError, Viommus};
 use crate::config::{Behind, DeviceConfig};
 use crate::interrupts::Interrupts;
@@ -84,14 +85,6 @@ pub enum PassthroughError {
     /// The PCI root.
     #[error(transparent)]
     Pci(#[from] RootError),
-    /// The host has no more of something.
-    #[error("{what} cannot be had ({source}); raise the limits of this user")]
-    Limit {
-        /// Of what.
-        what: &'static str,
-        /// What the host said.
-        source: io::Error,
-    },
 }
 
 /// What memory must be laid out around. Devices that can never be passed through are refused here,
@@ -164,6 +157,7 @@ pub(super) struct Waiting<'c> {
 /// A device that is a function of the guest.
 pub(super) struct Passed {
     path: PathBuf,
+    rid: Rid,
     function: Arc<VfioPci>,
     // Dropped last: it takes the device out of the host's IOMMU.
     _admitted: Admitted,
@@ -250,9 +244,10 @@ impl Passthrough {
             let function = admitted
                 .connect(viommus.before(behind), config.pasid_offset, connections)
                 .map_err(|source| device_error(&config.path, source))?;
-            slot.fill(function.clone())?;
+            let rid = slot.fill(function.clone())?;
             passed.push(Passed {
                 path: config.path.clone(),
+                rid,
                 function,
                 _admitted: admitted,
             });
@@ -268,18 +263,17 @@ impl Passed {
         &self.path
     }
 
-    /// What is signalled when the device failed, and when the host wants it back.
-    pub(super) fn events(&self) -> Result<(EventFd, EventFd), PassthroughError> {
-        let clone = |event: &EventFd| {
-            event.try_clone().map_err(|source| PassthroughError::Limit {
-                what: "an event descriptor of a device",
-                source,
-            })
-        };
-        Ok((
-            clone(self.function.error_event())?,
-            clone(self.function.request_event())?,
-        ))
+    /// Its address in the guest.
+    pub(super) fn rid(&self) -> Rid {
+        self.rid
+    }
+
+    /// What is signalled, and what it means.
+    pub(super) fn events(&self) -> [(&EventFd, DeviceEvent); 2] {
+        [
+            (self.function.error_event(), DeviceEvent::Failed(self.rid)),
+            (self.function.request_event(), DeviceEvent::Wanted(self.rid)),
+        ]
     }
 }
 

@@ -195,3 +195,40 @@ fn a_triple_fault_a_power_off_and_a_reset_are_told_apart() {
         GuestEvent::Failed(_)
     ));
 }
+
+#[test]
+fn a_paused_guest_does_nothing_until_it_is_resumed() {
+    let Some(host) = for_test() else { return };
+    // out 0x10, al; jmp to it: busy for ever. Three more vCPUs never started.
+    let mut guest = Guest::run(&host, &[0xe6, 0x10, 0xeb, 0xfc], 4);
+    guest.wait_for("out 0x10 [0]");
+    let count = || guest.recorder.0.lock().unwrap().len();
+    for _ in 0..20 {
+        assert!(guest.threads.pause(Duration::from_secs(10)));
+        let still = count();
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(count(), still);
+        guest.threads.resume();
+        let end = Instant::now() + Duration::from_secs(10);
+        while count() == still {
+            assert!(Instant::now() < end, "the guest does not go on");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    assert!(guest.threads.pause(Duration::from_secs(10)));
+    guest.threads.stop();
+    assert_eq!(guest.events.event(), None);
+}
+
+#[test]
+fn a_vcpu_that_ended_does_not_keep_a_pause_waiting() {
+    let Some(host) = for_test() else { return };
+    // lidt [0]; int3: a triple fault, since nothing is there.
+    let guest = Guest::run(&host, &[0x0f, 0x01, 0x1e, 0x00, 0x80, 0xcc], 1);
+    let end = Instant::now() + Duration::from_secs(10);
+    while guest.events.event().is_none() {
+        assert!(Instant::now() < end, "the guest does not end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(guest.threads.pause(Duration::from_secs(10)));
+}
