@@ -23,9 +23,25 @@ pub const X86_MSI: Region = Region {
 pub enum Kind {
     /// Not translated: outside the host IOMMU's aperture, or used by the platform.
     Reserved,
+    /// The firmware does DMA there and has it mapped to itself (RMRR, IVMD).
+    Direct,
     /// The doorbell of message-signalled interrupts. A host lists it as unusable as well, so it
     /// counts more than [`Kind::Reserved`].
     Msi,
+}
+
+impl Kind {
+    /// The kind that the host's kernel means by a word of `reserved_regions` in sysfs. `None` for
+    /// a region that it gives up with the device (`direct-relaxable`); what is unknown is kept out
+    /// of.
+    pub fn of_host(word: &str) -> Option<Self> {
+        match word {
+            "msi" => Some(Self::Msi),
+            "direct" => Some(Self::Direct),
+            "direct-relaxable" => None,
+            _ => Some(Self::Reserved),
+        }
+    }
 }
 
 /// Addresses from `first` to `last`, both inclusive so that the end of the address space can be
@@ -51,6 +67,7 @@ impl fmt::Display for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
             Kind::Reserved => "reserved",
+            Kind::Direct => "direct, kept by the firmware",
             Kind::Msi => "MSI doorbell",
         };
         write!(f, "{:#x}-{:#x} ({kind})", self.first, self.last)
@@ -63,6 +80,19 @@ impl fmt::Display for Region {
 pub struct Regions(Vec<Region>);
 
 impl Regions {
+    /// What `reserved_regions` of a group says in sysfs: lines of `FIRST LAST KIND`. Lines that are
+    /// not so are left out.
+    pub fn of_host(text: &str) -> Self {
+        let number = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+        let line = |line: &str| {
+            let mut words = line.split_whitespace();
+            let (first, last) = (number(words.next()?)?, number(words.next()?)?);
+            let kind = Kind::of_host(words.next()?)?;
+            Some(Region { first, last, kind })
+        };
+        text.lines().filter_map(line).collect()
+    }
+
     /// No regions.
     pub const fn new() -> Self {
         Self(Vec::new())
@@ -229,7 +259,7 @@ mod tests {
     const BASE: u64 = u64::MAX - 63;
 
     fn kind() -> impl Strategy<Value = Kind> {
-        prop_oneof![Just(Kind::Reserved), Just(Kind::Msi)]
+        prop_oneof![Just(Kind::Reserved), Just(Kind::Direct), Just(Kind::Msi)]
     }
 
     fn at(regions: &Regions, address: u64) -> Option<Kind> {

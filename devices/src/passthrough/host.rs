@@ -12,6 +12,7 @@ use viommu::backend::iommufd::kernel::Linux;
 use viommu::backend::iommufd::{Device, HostIommu, Unfit};
 use viommu::backend::{Backend, Capabilities, EventSink, Fault, PageRequest, Refused, Translation};
 use viommu::reserved::{Kind, Regions};
+use viommu::spec::vtd::registers::Cap;
 use viommu::{GuestRam, Rid, Target};
 
 use super::config::{Offer, OfferedPasid, SIZE, has_page_requests};
@@ -65,22 +66,46 @@ pub struct PassthroughHost {
 /// It stands behind no IOMMU.
 pub fn reserved_regions(sysfs: &Path) -> io::Result<Regions> {
     let text = std::fs::read_to_string(sysfs.join("iommu_group/reserved_regions"))?;
-    let number = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
-    let line = |line: &str| {
-        let mut words = line.split_whitespace();
-        let (first, last) = (number(words.next()?)?, number(words.next()?)?);
-        let kind = match words.next()? {
-            "msi" => Kind::Msi,
-            "direct-relaxable" => return None,
-            _ => Kind::Reserved,
-        };
-        Some((first, last, kind))
-    };
-    let mut regions = Regions::new();
-    for (first, last, kind) in text.lines().filter_map(line) {
-        regions.insert(first, last, kind);
+    let mut regions = Regions::of_host(&text);
+    // The kernel does not list what is beyond the unit's width. Other makes of IOMMU have 48 bits
+    // and more; where that is too few, the device is refused when it is opened.
+    let width = std::fs::read_to_string(sysfs.join("iommu/intel-iommu/cap"))
+        .ok()
+        .and_then(|cap| u64::from_str_radix(cap.trim(), 16).ok())
+        .map(|cap| Cap::from_bits(cap).mgaw() + 1);
+    if let Some(beyond) = width.and_then(|width| 1u64.checked_shl(width.into())) {
+        regions.insert(beyond, u64::MAX, Kind::Reserved);
     }
     Ok(regions)
+}
+
+/// The same of every IOMMU group that the host has, by the number of the group: `groups` is
+/// `/sys/kernel/iommu_groups`. A group without devices reserves nothing.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn reserved_regions_of_host(groups: &Path) -> io::Result<Vec<(String, Regions)>> {
+    let mut found = Vec::new();
+    for group in std::fs::read_dir(groups)? {
+        let group = group?.path();
+        let mut regions = Regions::new();
+        for device in std::fs::read_dir(group.join("devices"))
+            .into_iter()
+            .flatten()
+        {
+            // A device that goes while the folder is read is no reason to stop.
+            if let Ok(device) = device
+                && let Ok(its) = reserved_regions(&device.path())
+            {
+                regions.merge(&its);
+            }
+        }
+        if let (Some(number), false) = (group.file_name(), regions.is_empty()) {
+            found.push((number.to_string_lossy().into_owned(), regions));
+        }
+    }
+    found.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(found)
 }
 
 /// What stands between a device and guest memory.
@@ -263,14 +288,50 @@ mod tests {
              0x000000fd00000000 0x000000ffffffffff reserved\n",
         )
         .unwrap();
-        let regions = reserved_regions(dir.as_path()).unwrap();
-        let found = regions
-            .iter()
-            .map(|region| (region.first, region.last, region.kind));
-        let expected = [
-            (0xfee0_0000, 0xfeef_ffff, Kind::Msi),
-            (0xfd_0000_0000, 0xff_ffff_ffff, Kind::Reserved),
+        let shown = |regions: &Regions| regions.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let listed = [
+            "0xfee00000-0xfeefffff (MSI doorbell)",
+            "0xfd00000000-0xffffffffff (reserved)",
         ];
-        assert_eq!(found.collect::<Vec<_>>(), expected);
+        assert_eq!(shown(&reserved_regions(dir.as_path()).unwrap()), listed);
+        // A unit of 39 bits (a client of Intel's) reaches nothing above.
+        std::fs::create_dir_all(dir.as_path().join("iommu/intel-iommu")).unwrap();
+        std::fs::write(
+            dir.as_path().join("iommu/intel-iommu/cap"),
+            "1c0000c40660462\n",
+        )
+        .unwrap();
+        let regions = reserved_regions(dir.as_path()).unwrap();
+        assert_eq!(
+            shown(&regions)[1..],
+            ["0x8000000000-0xffffffffffffffff (reserved)"]
+        );
+    }
+
+    #[test]
+    fn the_whole_host_is_what_its_groups_reserve() {
+        let dir = TempDir::new().unwrap();
+        assert!(reserved_regions_of_host(&dir.as_path().join("absent")).is_err());
+        for (group, text) in [
+            ("0", "0x00000000fee00000 0x00000000feefffff msi\n"),
+            ("3", "0x000000007b800000 0x000000007fffffff direct\n"),
+        ] {
+            let device = dir.as_path().join(group).join("devices/0000:00:02.0");
+            std::fs::create_dir_all(device.join("iommu_group")).unwrap();
+            std::fs::write(device.join("iommu_group/reserved_regions"), text).unwrap();
+        }
+        std::fs::create_dir_all(dir.as_path().join("9/devices")).unwrap();
+        let found = reserved_regions_of_host(dir.as_path()).unwrap();
+        let shown: Vec<_> = found
+            .iter()
+            .flat_map(|(group, regions)| regions.iter().map(move |r| format!("{group}: {r}")))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "0: 0xfee00000-0xfeefffff (MSI doorbell)",
+                "3: 0x7b800000-0x7fffffff (direct, kept by the firmware)"
+            ]
+        );
     }
 }

@@ -9,5 +9,7 @@ mod line;
 pub mod vfio;
 
 pub use function::{Connections, DirectMemory, PeerMemory, VfioPci};
-pub use host::{Admitted, Before, HostError, PassthroughHost, reserved_regions};
+pub use host::{
+    Admitted, Before, HostError, PassthroughHost, reserved_regions, reserved_regions_of_host,
+};
 pub use legacy::{LegacyContainer, LegacyError};

@@ -236,12 +236,26 @@ words! {
     }
 }
 
+words! {
+    /// Around whose reserved addresses guest memory is laid out.
+    pub enum Reserve: "devices|host" {
+        /// Those of the devices that the VM is given at boot.
+        #[default]
+        Devices = "devices",
+        /// Those of all devices of the host.
+        Host = "host",
+    }
+}
+
 options! {
     /// The VM as a whole.
     pub struct PlatformConfig {
         /// What happens when the guest asks for a reboot (a panic with panic=-1 does, too): the
         /// VM restarts, or nestling exits with status 3. A triple fault always exits, with 4.
         pub on_reboot: OnReboot = OnReboot::Restart;
+        /// Around which reserved addresses guest memory is laid out: those of the devices given
+        /// here, or those of all devices of the host, so that any of them can be plugged later.
+        pub reserve: Reserve = Reserve::Devices;
         /// A port that ends nestling with a status of the guest's choice, for tests.
         pub debug_exit: bool = false;
         /// The VM's name, as other users of the host see it (nestling pasids).

@@ -13,7 +13,7 @@
 
 use std::fmt;
 
-use viommu::reserved::{Regions, X86_MSI};
+use viommu::reserved::{Region, Regions, X86_MSI};
 
 use crate::config::Size;
 
@@ -110,7 +110,7 @@ const GIB: u64 = 1 << 30;
 /// RAM lies below this, and from 4 GiB on.
 const LOW_RAM_END: u64 = 3 * GIB;
 /// Nothing may be reserved below this: the boot protocol, the kernel's start and ACPI's tables.
-const BOOT_AREA: Range = Range::new(0, 16 * (1 << 20) - 1);
+pub const BOOT_AREA: Range = Range::new(0, 16 * (1 << 20) - 1);
 const ECAM_SIZE: u64 = 256 << 20;
 const APERTURE32_UNIT: u64 = 1 << 20;
 const APERTURE32_MIN: u64 = 64 << 20;
@@ -131,6 +131,23 @@ pub struct Layout {
     pub ecam: Range,
     /// Bits of a guest-physical address.
     pub address_width: u8,
+}
+
+/// One line for each part, ascending.
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts: Vec<(Range, &str)> = self.ram.iter().map(|range| (*range, "RAM")).collect();
+        parts.extend([
+            (self.ecam, "ECAM"),
+            (self.mmio32, "32-bit BARs"),
+            (self.mmio64, "64-bit BARs"),
+        ]);
+        parts.sort();
+        for (Range { first, last }, what) in parts {
+            writeln!(f, "{first:#014x}-{last:#014x} {what}")?;
+        }
+        Ok(())
+    }
 }
 
 /// Why there is no such map.
@@ -166,6 +183,20 @@ pub enum LayoutError {
         /// Bits.
         address_width: u8,
     },
+}
+
+/// A device that comes while the VM runs reserves addresses that the VM uses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{what} reserves {region}, where the running VM has RAM ({ram}); start the VM with this device, or with --platform reserve=host to have every device of the host fit"
+)]
+pub struct Collision {
+    /// What reserves.
+    pub what: String,
+    /// What it reserves, and of which kind.
+    pub region: Region,
+    /// The RAM that is in the way.
+    pub ram: Range,
 }
 
 /// Composes the map of `ram` bytes (a multiple of [`RAM_UNIT`]) in `address_width` bits around
@@ -300,6 +331,26 @@ impl Layout {
         self.ram.first().copied().unwrap_or(Range::new(0, 0))
     }
 
+    /// Whether `device`, which was not there when the map was composed, can come to a VM that
+    /// has it: none of its regions is where RAM is. A region in a device window is no harm, since
+    /// the host is never asked to map what others reserve there.
+    ///
+    /// # Errors
+    /// The lowest [`Collision`].
+    pub fn admits(&self, device: &HostReserved) -> Result<(), Collision> {
+        let hit = self.ram.iter().find_map(|&ram| {
+            let region = device.regions.overlapping(ram.first, ram.last)?;
+            Some((*region, ram))
+        });
+        hit.map_or(Ok(()), |(region, ram)| {
+            Err(Collision {
+                what: device.what.clone(),
+                region,
+                ram,
+            })
+        })
+    }
+
     /// RAM in bytes.
     pub fn ram_size(&self) -> u64 {
         self.ram.iter().map(|r| r.len()).sum()
@@ -376,6 +427,24 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_comes_later_must_not_reserve_what_is_ram() {
+        let layout = compose(5 * GIB, 40, &[]).unwrap();
+        layout.admits(&host(0xc800_0000, 0xc8ff_ffff)).unwrap();
+        layout.admits(&host(0xfee0_0000, 0xfeef_ffff)).unwrap();
+        let refused = layout.admits(&host(0x7b80_0000, 0x7fff_ffff)).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "0000:01:00.0 reserves 0x7b800000-0x7fffffff (reserved), where the running VM has RAM \
+             (0x0-0xbfffffff); start the VM with this device, or with --platform reserve=host to \
+             have every device of the host fit"
+        );
+        // With it from the start, it fits.
+        let reserved = [host(0x7b80_0000, 0x7fff_ffff)];
+        let around = compose(5 * GIB, 40, &reserved).unwrap();
+        around.admits(&reserved[0]).unwrap();
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_with_the_reason() {
         assert!(matches!(
             compose(1 << 40, 39, &[]),
@@ -409,6 +478,9 @@ mod tests {
             let ram = units * RAM_UNIT;
             if let Ok(layout) = compose(ram, width, &reserved) {
                 check(ram, width, &reserved, &layout);
+                for host in &reserved {
+                    prop_assert_eq!(layout.admits(host), Ok(()));
+                }
             }
         }
 

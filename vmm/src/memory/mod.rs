@@ -2,3 +2,6 @@
 
 pub mod layout;
 pub mod ram;
+
+#[cfg(test)]
+mod hosts_tests;

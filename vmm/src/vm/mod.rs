@@ -98,7 +98,8 @@ impl Vm {
     ) -> Result<Self, VmError> {
         progress.step("guest memory");
         let size = config.memory.size.0;
-        let reserved = passthrough::reserved(&config.devices).map_err(DeviceError::from)?;
+        let reserved = passthrough::reserved(&config.devices, config.platform.reserve)
+            .map_err(DeviceError::from)?;
         let layout = layout::compose(size, host_kvm.address_width(), &reserved)?;
         let ram = ram::allocate(&config.memory, &layout)?;
         let memory_map = boot::memory_map(&layout);

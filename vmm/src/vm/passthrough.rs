@@ -12,22 +12,24 @@ use std::sync::Arc;
 use devices::passthrough::vfio::{Hardware, Irq, OpenError};
 use devices::passthrough::{
     Admitted, Connections, DirectMemory, HostError, PassthroughHost, VfioPci, reserved_regions,
+    reserved_regions_of_host,
 };
 use devices::pci::root::{RootError, Slot};
 use devices::pci::{PciRoot, Placement};
 use viommu::backend::Backend;
 use viommu::backend::iommufd::{HostIommu, prefault};
+use viommu::reserved::{Kind, Regions};
 use viommu::{GuestRam, Rid};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::event_loop::DeviceEvent;
 use super::viommus::{ViommuError, Viommus};
-use crate::config::{Behind, DeviceConfig};
+use crate::config::{Behind, DeviceConfig, Reserve};
 use crate::interrupts::Interrupts;
 use crate::kvm::slots::DeviceSlots;
 use crate::kvm::vfio::VfioFiles;
 use crate::kvm::{self, KvmError};
-use crate::memory::layout::HostReserved;
+use crate::memory::layout::{BOOT_AREA, HostReserved};
 
 /// The first PCI device number that is tried for them, so that other devices have the same place
 /// with and without.
@@ -53,6 +55,17 @@ pub enum PassthroughError {
     )]
     NoIommu {
         /// As it was given.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The host's groups cannot be listed.
+    #[error(
+        "platform reserve=host cannot read {} ({source}); boot the host with its IOMMU on (intel_iommu=on), or leave reserve=host out",
+        path.display()
+    )]
+    Groups {
+        /// Where they are.
         path: PathBuf,
         /// What the host said.
         source: io::Error,
@@ -87,26 +100,62 @@ pub enum PassthroughError {
     Pci(#[from] RootError),
 }
 
+/// Where the host lists its IOMMU groups.
+const GROUPS: &str = "/sys/kernel/iommu_groups";
+
 /// What memory must be laid out around. Devices that can never be passed through are refused here,
 /// before anything is made.
-pub(super) fn reserved(devices: &[DeviceConfig]) -> Result<Vec<HostReserved>, PassthroughError> {
-    let mut reserved = Vec::with_capacity(devices.len());
-    for DeviceConfig { path, .. } in devices {
-        std::fs::metadata(path).map_err(|source| PassthroughError::NotThere {
-            path: path.clone(),
-            source,
-        })?;
-        if !path.join("vfio-dev").exists() {
-            return Err(OpenError::NotBound(path.clone()).into());
-        }
-        let regions = reserved_regions(path).map_err(|source| PassthroughError::NoIommu {
-            path: path.clone(),
-            source,
-        })?;
-        let what = format!("device path={}", path.display());
-        reserved.push(HostReserved { what, regions });
+pub(super) fn reserved(
+    devices: &[DeviceConfig],
+    reserve: Reserve,
+) -> Result<Vec<HostReserved>, PassthroughError> {
+    let of_devices = devices.iter().map(|device| reserved_by(&device.path));
+    let mut reserved = of_devices.collect::<Result<Vec<_>, _>>()?;
+    if reserve == Reserve::Host {
+        reserved.extend(reserved_by_host(Path::new(GROUPS))?);
     }
     Ok(reserved)
+}
+
+/// What one device of the host reserves, at boot or before it is plugged.
+pub(super) fn reserved_by(path: &Path) -> Result<HostReserved, PassthroughError> {
+    std::fs::metadata(path).map_err(|source| PassthroughError::NotThere {
+        path: path.into(),
+        source,
+    })?;
+    if !path.join("vfio-dev").exists() {
+        return Err(OpenError::NotBound(path.into()).into());
+    }
+    let regions = reserved_regions(path).map_err(|source| PassthroughError::NoIommu {
+        path: path.into(),
+        source,
+    })?;
+    let what = format!("device path={}", path.display());
+    Ok(HostReserved { what, regions })
+}
+
+/// What all devices of the host reserve that could be plugged. A group with a region of the
+/// firmware's is never given away by the kernel, so where that is in the way of booting, it counts
+/// for nothing.
+fn reserved_by_host(groups: &Path) -> Result<Vec<HostReserved>, PassthroughError> {
+    let all = reserved_regions_of_host(groups).map_err(|source| PassthroughError::Groups {
+        path: groups.into(),
+        source,
+    })?;
+    let may_come = |regions: &Regions| {
+        let direct = regions.iter().any(|region| region.kind == Kind::Direct);
+        !direct
+            || regions
+                .overlapping(BOOT_AREA.first, BOOT_AREA.last)
+                .is_none()
+    };
+    let all = all.into_iter().filter(|(_, regions)| may_come(regions));
+    Ok(all
+        .map(|(group, regions)| HostReserved {
+            what: format!("IOMMU group {group} (platform reserve=host)"),
+            regions,
+        })
+        .collect())
 }
 
 /// The host's IOMMU with all of `ram` in it, opened while `work` is done: clearing and pinning
@@ -304,13 +353,14 @@ mod tests {
             path,
             ..DeviceConfig::default()
         };
-        let absent = reserved(&[device(dir.as_path().join("absent"))]).unwrap_err();
+        let absent =
+            reserved(&[device(dir.as_path().join("absent"))], Reserve::Devices).unwrap_err();
         assert!(absent.to_string().contains("lspci"), "{absent}");
         let here = [device(dir.as_path().into())];
-        let unbound = reserved(&here).unwrap_err();
+        let unbound = reserved(&here, Reserve::Devices).unwrap_err();
         assert!(unbound.to_string().contains("vfio-pci"), "{unbound}");
         std::fs::create_dir(dir.as_path().join("vfio-dev")).unwrap();
-        let bare = reserved(&here).unwrap_err();
+        let bare = reserved(&here, Reserve::Devices).unwrap_err();
         assert!(bare.to_string().contains("intel_iommu=on"), "{bare}");
         std::fs::create_dir(dir.as_path().join("iommu_group")).unwrap();
         std::fs::write(
@@ -318,8 +368,34 @@ mod tests {
             "0x00000000fee00000 0x00000000feefffff msi\n",
         )
         .unwrap();
-        let regions = &reserved(&here).unwrap()[0].regions;
+        let regions = &reserved(&here, Reserve::Devices).unwrap()[0].regions;
         assert_eq!(regions.iter().count(), 1);
+    }
+
+    #[test]
+    fn the_whole_host_is_reserved_but_for_what_can_never_be_plugged() {
+        let dir = TempDir::new().unwrap();
+        for (group, line) in [
+            ("1", "0xfd00000000 0xffffffffff reserved"),
+            ("2", "0x7b800000 0x7fffffff direct"),
+            // The firmware's, and the guest must boot there.
+            ("3", "0x0 0xfff direct"),
+        ] {
+            let device = dir.as_path().join(group).join("devices/d/iommu_group");
+            std::fs::create_dir_all(&device).unwrap();
+            std::fs::write(device.join("reserved_regions"), line).unwrap();
+        }
+        let all = reserved_by_host(dir.as_path()).unwrap();
+        let of: Vec<_> = all.iter().map(|host| host.what.as_str()).collect();
+        assert_eq!(
+            of,
+            [
+                "IOMMU group 1 (platform reserve=host)",
+                "IOMMU group 2 (platform reserve=host)"
+            ]
+        );
+        let absent = reserved_by_host(&dir.as_path().join("absent")).unwrap_err();
+        assert!(absent.to_string().contains("intel_iommu=on"), "{absent}");
     }
 
     #[test]
