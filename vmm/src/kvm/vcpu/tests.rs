@@ -29,6 +29,7 @@ impl Exits for Recorder {
         data.fill(0x41);
     }
     fn port_write(&self, port: u16, data: &[u8]) {
+        assert_ne!(port, 0x66, "a device panics on purpose");
         self.note(format!("out {port:#x} {data:x?}"));
     }
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
@@ -223,12 +224,13 @@ fn a_paused_guest_does_nothing_until_it_is_resumed() {
 #[test]
 fn a_vcpu_that_ended_does_not_keep_a_pause_waiting() {
     let Some(host) = for_test() else { return };
-    // lidt [0]; int3: a triple fault, since nothing is there.
-    let guest = Guest::run(&host, &[0x0f, 0x01, 0x1e, 0x00, 0x80, 0xcc], 1);
+    // out 0x66, al: a device that panics.
+    let guest = Guest::run(&host, &[0xe6, 0x66, 0xf4], 1);
     let end = Instant::now() + Duration::from_secs(10);
     while guest.events.event().is_none() {
         assert!(Instant::now() < end, "the guest does not end");
         std::thread::sleep(Duration::from_millis(1));
     }
+    assert!(matches!(guest.events.event(), Some(GuestEvent::Failed(_))));
     assert!(guest.threads.pause(Duration::from_secs(10)));
 }
