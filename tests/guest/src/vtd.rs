@@ -307,8 +307,7 @@ fn two_units(lab: &Lab) -> Result<()> {
 
 fn reboots(lab: &Lab) -> Result<()> {
     let image = lab.image("disk", 32)?;
-    // Debian's kernels do not come back: `ending::a_stock_kernel_restarts`.
-    let mut guest = Guest::lab_kernel()
+    let mut guest = Guest::debian("7.2")
         .cmdline("intel_iommu=on")
         .option("--viommu", "type=vtd")
         .option("--disk", &format!("path={},iommu=on", image.display()))

@@ -1,6 +1,6 @@
 //! The memory map that firmware would report (E820, and PVH's memory map).
 
-use super::{ACPI_AREA, HIGH_MEMORY};
+use super::{ACPI_AREA, HIGH_MEMORY, ROM};
 use crate::memory::layout::{Layout, Range, VTD_UNITS};
 
 /// What a range is to the guest's kernel.
@@ -38,6 +38,7 @@ pub fn memory_map(layout: &Layout) -> MemoryMap {
         (Range::new(0, LEGACY.first - 1), Kind::Ram),
         (LEGACY, Kind::Reserved),
         (ACPI_AREA, Kind::Acpi),
+        (ROM, Kind::Reserved),
         (layout.ecam, Kind::Reserved),
         (VTD_UNITS, Kind::Reserved),
     ];

@@ -38,7 +38,16 @@ const CMDLINE_ROOM: usize = 0x6_0000;
 /// Where kernels are loaded, and where RAM begins again after the legacy hole.
 const HIGH_MEMORY: u64 = 0x10_0000;
 /// Where ACPI's tables go: the BIOS area in which guests search for the RSDP.
-pub const ACPI_AREA: Range = Range::new(0xe_0000, 0xf_ffff);
+pub const ACPI_AREA: Range = Range::new(0xe_0000, 0xf_efff);
+/// The page with the BIOS's entry point.
+const ROM: Range = Range::new(ACPI_AREA.last + 1, HIGH_MEMORY - 1);
+/// The BIOS's entry point, F000:FFF0 in real mode. Linux ends there when it restarts a machine with
+/// hardware-reduced ACPI and a kernel that could use EFI: it then tries neither ACPI's reset
+/// register nor the keyboard controller (arch/x86/kernel/reboot.c, `efi_reboot_required`).
+const BIOS_ENTRY: u64 = 0xf_fff0;
+/// Real-mode code for it that pulses the keyboard controller's reset line: `mov al, 0xfe`,
+/// `out 0x64, al`, then `hlt` for ever.
+const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
 /// The longest command line of a kernel that does not say (COMMAND_LINE_SIZE - 1).
 const DEFAULT_CMDLINE_SIZE: usize = 2047;
@@ -162,6 +171,7 @@ pub fn load(
     write(ram, CMDLINE_AT, cmdline)?;
     write(ram, CMDLINE_AT + cmdline.len() as u64, &[0])?;
     let initramfs = load_initramfs(ram, layout, payload, &kernel)?;
+    write(ram, BIOS_ENTRY, &RESET_CODE)?;
     for (n, descriptor) in GDT.iter().enumerate() {
         write(ram, GDT_AT + 8 * n as u64, &descriptor.to_le_bytes())?;
     }

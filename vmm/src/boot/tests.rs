@@ -116,9 +116,9 @@ fn a_bzimage_is_loaded_with_all_that_the_boot_protocol_asks_for() {
     ram.read_slice(&mut line, GuestAddress(CMDLINE_AT)).unwrap();
     assert_eq!(&line, b"console=ttyS0\0");
     let table = params.e820_table;
-    assert_eq!(params.e820_entries, 6);
+    assert_eq!(params.e820_entries, 7);
     assert_eq!(({ table[0].addr }, { table[0].size }), (0, 0x9_fc00));
-    assert_eq!({ table[3].addr }, 0x10_0000);
+    assert_eq!({ table[4].addr }, 0x10_0000);
 }
 
 #[test]
@@ -150,8 +150,20 @@ fn a_vmlinux_is_entered_through_its_pvh_note() {
     );
     let info: hvm_start_info = ram.read_obj(GuestAddress(START_INFO_AT)).unwrap();
     assert_eq!(info.magic, XEN_HVM_START_MAGIC_VALUE);
-    assert_eq!((info.nr_modules, info.memmap_entries), (1, 6));
+    assert_eq!((info.nr_modules, info.memmap_entries), (1, 7));
     assert_eq!(ram.read_obj::<u8>(GuestAddress(0x100_00ff)).unwrap(), 0xdd);
+}
+
+#[test]
+fn a_jump_to_the_bios_resets_the_machine() {
+    for kernel in [bzimage(), vmlinux()] {
+        let (ram, _) = boot(&kernel, None, "", 64).unwrap();
+        let mut code = [0; 4];
+        ram.read_slice(&mut code, GuestAddress(0xf_0000 + 0xfff0))
+            .unwrap();
+        // mov al, 0xfe; out 0x64, al
+        assert_eq!(code, [0xb0, 0xfe, 0xe6, 0x64]);
+    }
 }
 
 #[test]
