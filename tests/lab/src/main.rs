@@ -177,6 +177,11 @@ impl Lab {
         })?;
         let mut tests = suite::list(&programs)?;
         tests.retain(choose);
+        if tests.iter().any(|test| test.name.starts_with("kernel::")) {
+            step("build the tests of the host's kernel", || {
+                programs::build_kernel_tests(&self.root)
+            })?;
+        }
         let measured = tests.iter().any(|test| test.name.starts_with("bench::"));
         let emulated = self.emulate || tests.iter().any(|test| test.profile != PLAIN);
         let supplies = Supplies::get(&self.root, &self.cache, emulated || measured)?;

@@ -17,7 +17,7 @@ const PROFILE: &str = "lab";
 /// own, which the guest tests run there.
 pub const KERNEL_TESTS: [(&str, &str); 2] = [("viommu", "iommufd_mock"), ("devices", "vfio_edu")];
 
-/// Builds them and gives the folder they are in.
+/// Builds them, but for [`KERNEL_TESTS`], and gives the folder they are in.
 ///
 /// # Errors
 /// The build failed; its output is on the terminal.
@@ -28,7 +28,16 @@ pub fn build(root: &Path) -> Result<PathBuf> {
         bins.args(["--package", package]);
     }
     output(bins.arg("--bins"))?;
-    let folder = root.join("target").join(TRIPLE).join(PROFILE);
+    Ok(folder(root))
+}
+
+/// Builds [`KERNEL_TESTS`] into the same folder: they take as long as everything else, and only the
+/// guest tests of `kernel::` run them.
+///
+/// # Errors
+/// The build failed; its output is on the terminal.
+pub fn build_kernel_tests(root: &Path) -> Result<()> {
+    let folder = folder(root);
     for (package, name) in KERNEL_TESTS {
         let mut test = cargo(root, "test");
         test.args(["--package", package, "--test", name, "--no-run"]);
@@ -39,7 +48,11 @@ pub fn build(root: &Path) -> Result<PathBuf> {
         fs::copy(&program, &half).with_context(|| format!("cannot copy {program}"))?;
         fs::rename(&half, folder.join(name))?;
     }
-    Ok(folder)
+    Ok(())
+}
+
+fn folder(root: &Path) -> PathBuf {
+    root.join("target").join(TRIPLE).join(PROFILE)
 }
 
 /// A cargo command for static programs.
