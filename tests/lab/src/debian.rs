@@ -17,6 +17,8 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// The suites that the lab takes packages from.
 const SUITES: [&str; 3] = ["bookworm", "bookworm-backports", "trixie-backports"];
+/// The suites of a system that is put together beside this one, to build what needs its compiler.
+const OTHER_SUITES: [&str; 2] = ["trixie", "trixie-backports"];
 
 /// apt, set up beside the system's.
 #[derive(Debug)]
@@ -31,10 +33,23 @@ impl Apt {
     /// # Errors
     /// There is no apt, no keyring or no mirror, or the lists cannot be read.
     pub fn open(cache: &Cache) -> Result<Self> {
+        Self::set_up(cache.root().join("apt"), &SUITES, None)
+    }
+
+    /// The same for Debian 13, as if nothing were installed: what a package depends on is all
+    /// fetched with it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_trixie(cache: &Cache) -> Result<Self> {
+        Self::set_up(cache.root().join("apt-trixie"), &OTHER_SUITES, Some(""))
+    }
+
+    /// In the folder `root`. `installed` is what dpkg's status says; the system's when `None`.
+    fn set_up(root: PathBuf, suites: &[&str], installed: Option<&str>) -> Result<Self> {
         if !Path::new(KEYRING).exists() {
             bail!("{KEYRING} is missing; install it: apt-get install debian-archive-keyring");
         }
-        let root = cache.root().join("apt");
         let apt = Self {
             config: root.join("apt.conf"),
             archives: root.join("archives"),
@@ -44,7 +59,7 @@ impl Apt {
         }
         let mirror = mirror()?;
         let mut list = String::new();
-        for suite in SUITES {
+        for suite in suites {
             list += &format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {suite} main\n");
         }
         let fresh = fs::read_to_string(root.join("sources.list")).is_ok_and(|old| old == list)
@@ -53,7 +68,12 @@ impl Apt {
                 .is_ok_and(|t| t.elapsed().is_ok_and(|age| age.as_secs() < 24 * 3600));
         fs::write(root.join("sources.list"), list)?;
         let path = root.display();
-        let config = format!(
+        let mut config = String::new();
+        if let Some(installed) = installed {
+            fs::write(root.join("status"), installed)?;
+            config = format!("Dir::State::status \"{path}/status\";\n");
+        }
+        config += &format!(
             "Dir::Etc::sourcelist \"{path}/sources.list\";\n\
              Dir::Etc::sourceparts \"/dev/null\";\n\
              Dir::Etc::preferences \"/dev/null\";\n\
@@ -112,6 +132,14 @@ impl Apt {
     /// # Errors
     /// It cannot be fetched or unpacked.
     pub fn unpack_with_dependencies(&self, package: &str, suite: &str, to: &Path) -> Result<()> {
+        self.unpack_all(&[package], suite, to)
+    }
+
+    /// The same for several packages. The first one is unpacked first.
+    ///
+    /// # Errors
+    /// One cannot be fetched or unpacked.
+    pub fn unpack_all(&self, packages: &[&str], suite: &str, to: &Path) -> Result<()> {
         for old in debs(&self.archives)? {
             fs::remove_file(old)?;
         }
@@ -124,8 +152,14 @@ impl Apt {
             "-t",
             suite,
         ];
-        self.get(&[arguments.as_slice(), &[package]].concat(), &self.archives)?;
-        for deb in debs(&self.archives)? {
+        self.get(&[arguments.as_slice(), packages].concat(), &self.archives)?;
+        let mut all = debs(&self.archives)?;
+        let first = packages.first().map(|first| format!("{first}_"));
+        all.sort_by_key(|deb| {
+            let name = deb.file_name().unwrap_or_default().to_string_lossy();
+            first.as_ref().is_none_or(|first| !name.starts_with(first))
+        });
+        for deb in all {
             unpack(&deb, to)?;
             fs::remove_file(deb)?;
         }
@@ -196,8 +230,7 @@ pub fn require(programs: &[(&str, &str)]) -> Result<()> {
         "apt-get install -y --no-install-recommends {}",
         missing.join(" ")
     );
-    // SAFETY: geteuid has no preconditions.
-    if unsafe { libc::geteuid() } != 0 {
+    if !is_root() {
         bail!("the lab needs packages that are not installed; run: sudo {command}");
     }
     crate::report::step(&command, || {
@@ -207,6 +240,12 @@ pub fn require(programs: &[(&str, &str)]) -> Result<()> {
             install()
         })
     })
+}
+
+/// Whether this process may do what only root may.
+pub fn is_root() -> bool {
+    // SAFETY: geteuid has no preconditions.
+    unsafe { libc::geteuid() == 0 }
 }
 
 /// Whether a program is on the path, or a file is there.
