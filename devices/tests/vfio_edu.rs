@@ -21,9 +21,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use devices::interrupt::{MsiSource, MsiVector};
+use devices::passthrough::features::{Switch, Wishes};
 use devices::passthrough::vfio::Mapping;
 use devices::passthrough::{
-    Admitted, Before, Connections, DirectMemory, LegacyContainer, PassthroughHost, VfioPci,
+    Admitted, Before, Connections, DirectMemory, HostError, LegacyContainer, PassthroughHost,
+    VfioPci,
 };
 use devices::pci::PciFunction;
 use viommu::backend::{
@@ -161,6 +163,13 @@ struct Bench {
     slots: Arc<Slots>,
 }
 
+fn viommu(offered: Capabilities) -> Before {
+    Before::Viommu {
+        offered,
+        cpu_width: 48,
+    }
+}
+
 impl Bench {
     fn open(before: fn(Capabilities) -> Before) -> Option<Self> {
         let at = find()?;
@@ -169,14 +178,23 @@ impl Bench {
         let admitted = host.admit(RID, &at).unwrap();
         let messages = Messages::default();
         let slots = Arc::<Slots>::default();
-        let connections = Connections {
+        let connections = || Connections {
             messages: &messages,
             line: None,
             direct: slots.clone(),
             peers: Some(host.backend().clone()),
         };
         let before = before(host.backend().capabilities());
-        let function = admitted.connect(before, None, connections).unwrap();
+        // A conventional function without PASIDs: never a capability that does nothing.
+        let asked = Wishes {
+            pasid: Switch::On,
+            ..Wishes::default()
+        };
+        let refused = admitted.connect(before, &asked, connections());
+        assert!(matches!(refused, Err(HostError::NotOffered(_))));
+        let function = admitted
+            .connect(before, &Wishes::default(), connections())
+            .unwrap();
         function.assign_bar(0, 0xf000_0000);
         // Memory and bus mastering.
         let effect = function.config_write(4, &6u16.to_le_bytes());
@@ -308,7 +326,7 @@ fn a_device_without_a_viommu_reaches_guest_memory_interrupts_and_resets() {
 #[test]
 fn behind_a_viommu_dma_reaches_what_is_mapped_and_nothing_else() {
     let _taken = TAKEN.lock().unwrap();
-    let Some(mut bench) = Bench::open(Before::Viommu) else {
+    let Some(mut bench) = Bench::open(viommu) else {
         return;
     };
     let width = bench.backend().capabilities().address_width;
@@ -429,7 +447,7 @@ fn behind_a_viommu_dma_reaches_what_is_mapped_and_nothing_else() {
 #[test]
 fn a_device_that_is_in_use_is_refused_and_said_to_be() {
     let _taken = TAKEN.lock().unwrap();
-    let Some(bench) = Bench::open(Before::Viommu) else {
+    let Some(bench) = Bench::open(viommu) else {
         return;
     };
     let at = find().unwrap();

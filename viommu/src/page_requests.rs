@@ -126,6 +126,12 @@ enum Group<T> {
     Waiting(T),
 }
 
+impl<T> Default for PageRequests<T> {
+    fn default() -> Self {
+        Self::new(Limits::default())
+    }
+}
+
 impl<T> PageRequests<T> {
     /// An empty book.
     pub fn new(limits: Limits) -> Self {

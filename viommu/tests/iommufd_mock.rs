@@ -22,6 +22,7 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -62,6 +63,9 @@ const INVALIDATE_ALL: u32 = 1;
 
 /// Attaching this PASID a second time fails, by the mock's design.
 const PASID_THAT_FAILS: u32 = 1024;
+
+/// How long a page request may take.
+const LONG: Duration = Duration::from_secs(10);
 
 /// Guest RAM of the tests; the mock maps 16 MiB to 2 GiB only.
 const RAM: u64 = 32 << 20;
@@ -248,6 +252,8 @@ struct MockDevice {
     stdev: u32,
     empty: u32,
     pasids: Mutex<BTreeMap<Pasid, u32>>,
+    /// Attaches of PASIDs that the kernel refused.
+    refusals: AtomicU32,
 }
 
 impl AttachDevice for MockDevice {
@@ -265,7 +271,11 @@ impl AttachDevice for MockDevice {
         } else {
             OP_PASID_ATTACH
         };
-        self.kernel.test(op, self.stdev, &[words(pasid.0, hwpt)])?;
+        let result = self.kernel.test(op, self.stdev, &[words(pasid.0, hwpt)]);
+        if result.is_err() {
+            self.refusals.fetch_add(1, Ordering::Relaxed);
+        }
+        result?;
         pasids.insert(pasid, hwpt);
         Ok(())
     }
@@ -376,6 +386,7 @@ impl Bench {
                 stdev,
                 empty: blocked,
                 pasids: Mutex::default(),
+                refusals: AtomicU32::new(0),
             });
             device.detach(None).unwrap();
             let description = Device {
@@ -394,6 +405,21 @@ impl Bench {
             sink,
             ram,
         })
+    }
+
+    /// The device asks for a page, as a group of one.
+    fn ask(&self, rid: Rid, number: u32, group: u32) {
+        let id = self.devices[&rid].1;
+        let words = [words(id, number), words(group, 3), 0xdead_b000];
+        self.kernel.test(OP_TRIGGER_IOPF, 0, &words).unwrap();
+    }
+
+    fn answer(&self, request: PageRequest) {
+        self.host.respond(PageResponse {
+            target: request.target,
+            group: request.group,
+            code: ResponseCode::Success,
+        });
     }
 
     /// The table that PASID `number` of `rid` has in the kernel is `hwpt` (0: none at all).
@@ -536,25 +562,16 @@ fn invalidations_reach_the_shared_table_and_an_error_says_how_far() {
 fn a_page_request_goes_to_the_front_end_and_its_answer_back() {
     let Some(bench) = Bench::open() else { return };
     bench.host.apply(pasid(A, 5), stage1(RAM)).unwrap();
-    let id = bench.devices[&A].1;
     for group in [1u32, 2, 3] {
-        let words = [words(id, 5), words(group, 3), 0xdead_b000];
-        bench.kernel.test(OP_TRIGGER_IOPF, 0, &words).unwrap();
-        let request = bench
-            .requests
-            .recv_timeout(Duration::from_secs(10))
-            .unwrap();
+        bench.ask(A, 5, group);
+        let request = bench.requests.recv_timeout(LONG).unwrap();
         assert_eq!(request.target, pasid(A, 5));
         assert_eq!((request.group, request.last), (group as u16, true));
         assert_eq!(request.iova, Iova(0xdead_b000));
         assert_eq!(request.access, Access::READ_WRITE);
         assert_eq!(bench.host.objects().page_requests, 1);
         if group < 3 {
-            bench.host.respond(PageResponse {
-                target: request.target,
-                group: request.group,
-                code: ResponseCode::Success,
-            });
+            bench.answer(request);
             assert_eq!(bench.host.objects().page_requests, 0);
         }
     }
@@ -564,23 +581,78 @@ fn a_page_request_goes_to_the_front_end_and_its_answer_back() {
 }
 
 #[test]
-fn an_attach_that_fails_ends_blocked() {
+fn an_index_that_waits_is_refused_and_what_waits_is_still_answered() {
+    let Some(bench) = Bench::open() else { return };
+    bench.host.apply(pasid(A, 5), stage1(RAM)).unwrap();
+    bench.ask(A, 5, 1);
+    let first = bench.requests.recv_timeout(LONG).unwrap();
+    // The device uses the index again: it has its answer from us, and the front end hears nothing.
+    bench.ask(A, 5, 1);
+    bench.ask(A, 5, 2);
+    let second = bench.requests.recv_timeout(LONG).unwrap();
+    assert_eq!((first.group, second.group), (1, 2));
+    assert_eq!(bench.host.objects().page_requests, 2);
+    for request in [second, first] {
+        bench.answer(request);
+    }
+    assert_eq!(bench.host.objects().page_requests, 0);
+}
+
+#[test]
+fn requests_of_many_pasids_are_answered_in_any_order_while_tables_are_replaced() {
+    let Some(bench) = Bench::open() else { return };
+    let targets = [A, B].map(|rid| (1..=8).map(move |number| (rid, number)));
+    let targets: Vec<(Rid, u32)> = targets.into_iter().flatten().collect();
+    for &(rid, number) in &targets {
+        bench.host.apply(pasid(rid, number), stage1(RAM)).unwrap();
+    }
+    for round in 0..8u64 {
+        let mut waiting = Vec::new();
+        for group in 0..16 {
+            for &(rid, number) in &targets {
+                bench.ask(rid, number, group);
+                waiting.push(bench.requests.recv_timeout(LONG).unwrap());
+            }
+        }
+        assert_eq!(bench.host.objects().page_requests, waiting.len());
+        // A replaced table takes its requests with it: the kernel answers them.
+        let root = stage1(RAM + ((round + 1) << 12));
+        for &(rid, number) in targets.iter().step_by(3) {
+            bench.host.apply(pasid(rid, number), root).unwrap();
+        }
+        let gone = 16 * targets.len().div_ceil(3);
+        assert_eq!(bench.host.objects().page_requests, waiting.len() - gone);
+        // The rest from both ends, and then all once more: nothing is answered twice.
+        let half = waiting.len() / 2;
+        let (front, back) = waiting.split_at(half);
+        for request in back.iter().rev().chain(front).chain(&waiting) {
+            bench.answer(*request);
+        }
+        assert_eq!(bench.host.objects().page_requests, 0);
+    }
+    assert!(bench.requests.try_recv().is_err(), "a request came twice");
+}
+
+#[test]
+fn a_replace_that_fails_ends_with_the_new_table_or_none() {
     let Some(bench) = Bench::open() else { return };
     let target = pasid(A, PASID_THAT_FAILS);
     bench.host.apply(target, stage1(RAM)).unwrap();
-    let result = bench.host.apply(target, stage1(RAM + 0x1000));
-    match result {
-        // From detached it may succeed.
-        Ok(()) => {
-            let hwpt = bench.hwpt(A, PASID_THAT_FAILS);
-            assert!(bench.has(A, PASID_THAT_FAILS, hwpt));
-        }
-        Err(refused) => {
-            assert!(matches!(refused, Refused::Host { .. }));
-            assert_eq!(bench.host.translation(target), Translation::Blocked);
-            assert!(bench.has(A, PASID_THAT_FAILS, 0));
-        }
+    for round in 1..4u64 {
+        bench.ask(A, PASID_THAT_FAILS, 1);
+        bench.requests.recv_timeout(LONG).unwrap();
+        let old = bench.hwpt(A, PASID_THAT_FAILS);
+        let new = stage1(RAM + (round << 12));
+        // The mock fails the replace; from detached the attach works, and nothing of the old
+        // table is left: not in the kernel, and no page request of its.
+        bench.host.apply(target, new).unwrap();
+        assert_eq!(bench.host.translation(target), new);
+        assert!(!bench.has(A, PASID_THAT_FAILS, old));
+        assert!(bench.has(A, PASID_THAT_FAILS, bench.hwpt(A, PASID_THAT_FAILS)));
+        assert_eq!(bench.host.objects().page_requests, 0);
+        assert_eq!(bench.host.objects().translations, 1);
     }
+    assert_eq!(bench.devices[&A].0.refusals.load(Ordering::Relaxed), 3);
 }
 
 #[test]

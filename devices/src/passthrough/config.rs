@@ -87,10 +87,8 @@ pub struct OfferedPasid {
     pub execute: bool,
     /// Privileged mode.
     pub privileged: bool,
-    /// Where in extended space to put it; `None` chooses a place that reads as zero. Space without
-    /// a capability belongs to the vendor, who may have registers there that happen to be zero: a
-    /// user who knows better says so.
-    pub at: Option<u16>,
+    /// Where in extended space it is: a multiple of 4, 8 bytes that are no capability's.
+    pub at: u16,
 }
 
 /// Where MSI is, and what it can do.
@@ -242,19 +240,7 @@ impl GuestConfig {
     fn standard(&mut self, raw: &[u8; SIZE], offer: Offer) {
         let mut last = CAPABILITIES;
         self.keep(CAPABILITIES, &[0], &[]);
-        let has_list = raw[usize::from(STATUS)] & 1 << 4 != 0;
-        let mut next = if has_list {
-            raw[usize::from(CAPABILITIES)] & 0xfc
-        } else {
-            0
-        };
-        // 48 fit; the list of a broken device can be a circle.
-        let mut seen = Vec::new();
-        while next >= 0x40 && seen.len() < 48 && !seen.contains(&next) {
-            seen.push(next);
-            let at = u16::from(next);
-            let id = raw[usize::from(at)];
-            next = raw[usize::from(at) + 1] & 0xfc;
+        for (at, id) in standard_headers(raw) {
             if !standard::SEEN.contains(&id) {
                 continue;
             }
@@ -356,7 +342,7 @@ impl GuestConfig {
     /// Relinks the extended capabilities, at their own places, with PASID added.
     fn extended(&mut self, raw: &[u8; SIZE], offer: Offer) {
         let mut chain = Vec::new();
-        let all = headers(raw);
+        let all = extended_headers(raw);
         for &(at, header) in &all {
             let (id, version) = ((header & 0xffff) as u16, (header >> 16 & 0xf) as u8);
             let shown = match id {
@@ -371,18 +357,9 @@ impl GuestConfig {
                 self.keep(at, &[0; 8], &[]);
             }
         }
-        let taken = all.iter().map(|&(at, _)| at).collect::<Vec<_>>();
         if let Some(pasid) = offer.pasid {
-            match place_pasid(raw, pasid.at, &taken) {
-                Some(at) => {
-                    self.pasid(at, pasid);
-                    chain.push((at, extended::PASID, 1));
-                }
-                None => log::warn!(
-                    "no free place for a PASID capability in configuration space; give the device \
-                     pasid_offset="
-                ),
-            }
+            self.pasid(pasid);
+            chain.push((pasid.at, extended::PASID, 1));
         }
         // The list begins at 0x100, with an empty entry where nothing else is there.
         if !chain.is_empty() && chain.iter().all(|&(at, ..)| at != EXTENDED) {
@@ -424,7 +401,8 @@ impl GuestConfig {
         true
     }
 
-    fn pasid(&mut self, at: u16, pasid: OfferedPasid) {
+    fn pasid(&mut self, pasid: OfferedPasid) {
+        let at = pasid.at;
         let flags = u16::from(pasid.execute) << 1 | u16::from(pasid.privileged) << 2;
         let capability = flags | u16::from(pasid.bits.min(20)) << 8;
         self.keep(at + 4, &capability.to_le_bytes(), &[]);
@@ -598,7 +576,7 @@ fn dword(bytes: &[u8; SIZE], at: u16) -> u32 {
 /// Whether the function has both ATS and PRI. Virtual functions have neither of their own.
 pub fn has_page_requests(raw: &[u8; SIZE]) -> bool {
     let (mut ats, mut pri) = (false, false);
-    for (_, header) in headers(raw) {
+    for (_, header) in extended_headers(raw) {
         match (header & 0xffff) as u16 {
             extended::ATS => ats = true,
             extended::PRI => pri = true,
@@ -608,9 +586,31 @@ pub fn has_page_requests(raw: &[u8; SIZE]) -> bool {
     ats && pri
 }
 
+/// The standard capabilities: offset and ID. 48 fit; the list of a broken device can be a circle.
+fn standard_headers(raw: &[u8; SIZE]) -> Vec<(u16, u8)> {
+    let mut found: Vec<(u16, u8)> = Vec::new();
+    let has_list = raw[usize::from(STATUS)] & 1 << 4 != 0;
+    let mut next = if has_list {
+        raw[usize::from(CAPABILITIES)] & 0xfc
+    } else {
+        0
+    };
+    while next >= 0x40 && found.len() < 48 && found.iter().all(|&(at, _)| at != u16::from(next)) {
+        found.push((next.into(), raw[usize::from(next)]));
+        next = raw[usize::from(next) + 1] & 0xfc;
+    }
+    found
+}
+
+/// Whether the function is a PCI Express one.
+pub(super) fn has_express(raw: &[u8; SIZE]) -> bool {
+    let mut capabilities = standard_headers(raw).into_iter();
+    capabilities.any(|(_, id)| id == standard::EXPRESS)
+}
+
 /// The extended capabilities: offset and header. As many as fit, each once: the list of a broken
 /// device can be a circle.
-fn headers(raw: &[u8; SIZE]) -> Vec<(u16, u32)> {
+pub(super) fn extended_headers(raw: &[u8; SIZE]) -> Vec<(u16, u32)> {
     let mut found: Vec<(u16, u32)> = Vec::new();
     let mut at = EXTENDED;
     while at >= EXTENDED && found.len() < 960 && found.iter().all(|&(seen, _)| seen != at) {
@@ -649,22 +649,6 @@ fn bars(raw: &[u8; SIZE], lengths: [u64; 6]) -> Vec<Bar> {
         }
     }
     bars
-}
-
-/// Eight bytes for a PASID capability: where the user says, else the highest place that reads as
-/// zero, is no capability's and has zeros around it.
-fn place_pasid(raw: &[u8; SIZE], wanted: Option<u16>, taken: &[u16]) -> Option<u16> {
-    if let Some(at) = wanted {
-        let fits = at % 4 == 0 && at >= EXTENDED && usize::from(at) + 8 <= SIZE;
-        return (fits && !taken.contains(&at)).then_some(at);
-    }
-    let last = taken.iter().max().copied();
-    // A capability's length is not told by its header: keep clear of the last one.
-    let lowest = last.map_or(EXTENDED, |last| last.saturating_add(0x100));
-    (lowest..=0xff8).rev().filter(|at| at % 8 == 0).find(|&at| {
-        let around = usize::from(at).saturating_sub(16)..(usize::from(at) + 24).min(SIZE);
-        raw[around].iter().all(|&byte| byte == 0)
-    })
 }
 
 #[cfg(test)]

@@ -15,7 +15,8 @@ use viommu::reserved::{Kind, Regions};
 use viommu::spec::vtd::registers::Cap;
 use viommu::{GuestRam, Rid, Target};
 
-use super::config::{Offer, OfferedPasid, SIZE, has_page_requests};
+use super::config::{Offer, SIZE, has_page_requests};
+use super::features::{self, Facts, NotOffered, Wishes};
 use super::function::{Connections, VfioPci};
 use super::vfio::{CONFIG, Hardware, OpenError, VfioDevice};
 
@@ -39,6 +40,9 @@ pub enum HostError {
     /// Its DMA could not be set up.
     #[error(transparent)]
     Refused(#[from] Refused),
+    /// Something was asked for that it cannot have.
+    #[error(transparent)]
+    NotOffered(#[from] NotOffered),
     /// A register or an interrupt failed.
     #[error("device {rid} cannot be used; see the kernel's log of the host")]
     Device {
@@ -113,8 +117,13 @@ pub fn reserved_regions_of_host(groups: &Path) -> io::Result<Vec<(String, Region
 pub enum Before {
     /// No vIOMMU: the device reaches all guest memory, at its guest-physical addresses.
     Nothing,
-    /// A unit that will claim it, and offers this to the guest.
-    Viommu(Capabilities),
+    /// A unit that will claim it.
+    Viommu {
+        /// What it offers to the guest.
+        offered: Capabilities,
+        /// Bits of address that the guest's CPUs translate: 48, or 57 with 5-level paging.
+        cpu_width: u8,
+    },
 }
 
 impl PassthroughHost {
@@ -183,6 +192,7 @@ impl PassthroughHost {
         Ok(Admitted {
             rid,
             device,
+            raw: Box::new(raw),
             backend: self.backend.clone(),
         })
     }
@@ -193,6 +203,7 @@ impl PassthroughHost {
 pub struct Admitted {
     rid: Rid,
     device: Arc<VfioDevice>,
+    raw: Box<[u8; SIZE]>,
     backend: Arc<HostIommu>,
 }
 
@@ -203,49 +214,56 @@ impl Admitted {
     }
 
     /// Makes it a function of the guest. Without a vIOMMU it reaches guest memory from here on;
-    /// with one, when the unit says so. `pasid_at` places a PASID capability by hand.
+    /// with one, when the unit says so.
     ///
     /// # Errors
-    /// The host has no more interrupt routes, or refuses the device guest memory.
+    /// `wishes` cannot be, the host has no more interrupt routes, or refuses the device guest
+    /// memory.
     pub fn connect(
         &self,
         before: Before,
-        pasid_at: Option<u16>,
+        wishes: &Wishes,
         connections: Connections<'_>,
     ) -> Result<Arc<VfioPci>, HostError> {
-        let offer = match before {
-            Before::Nothing => {
-                self.backend.claim(self.rid, Arc::new(NoFrontEnd))?;
-                self.backend
-                    .apply(Target::rid(self.rid), Translation::Identity)?;
-                Offer::default()
-            }
-            Before::Viommu(offered) => self.offer(&offered, pasid_at),
+        let facts = self.facts(before);
+        let decision = features::decide(wishes, &facts)?;
+        if let Before::Nothing = before {
+            self.backend.claim(self.rid, Arc::new(NoFrontEnd))?;
+            self.backend
+                .apply(Target::rid(self.rid), Translation::Identity)?;
+        }
+        let rid = self.rid;
+        log::info!("device {rid}: DMA addresses of {}", decision.width);
+        for (feature, why) in &decision.hidden {
+            log::warn!("device {rid} has no {feature} in the guest: {why}");
+        }
+        let offer = Offer {
+            pin: 1,
+            ..decision.offer
         };
-        let offer = Offer { pin: 1, ..offer };
         VfioPci::new(self.device.clone(), offer, connections).map_err(|source| HostError::Device {
             rid: self.rid,
             source,
         })
     }
 
-    /// What the unit offers and this device has.
-    fn offer(&self, offered: &Capabilities, at: Option<u16>) -> Offer {
-        let has = |bit| {
-            let info = self.backend.hw_info(self.rid);
-            info.is_some_and(|info| info.capabilities & bit != 0)
+    /// What there is for this device.
+    fn facts(&self, before: Before) -> Facts<'_> {
+        let info = self.backend.hw_info(self.rid);
+        let has = |bit| info.is_some_and(|info| info.capabilities & bit != 0);
+        let (offered, cpu_width) = match before {
+            Before::Nothing => (Capabilities::NOTHING, 0),
+            Before::Viommu { offered, cpu_width } => (offered, cpu_width),
         };
-        let bits = offered.pasid_bits.min(self.backend.pasid_bits(self.rid));
-        Offer {
-            pasid: (bits > 0).then(|| OfferedPasid {
-                bits,
-                execute: has(HwInfo::PASID_EXEC),
-                privileged: has(HwInfo::PASID_PRIV),
-                at,
-            }),
-            ats: offered.stage1 && !has(HwInfo::ATS_NOT_SUPPORTED),
-            pri: offered.page_requests,
-            pin: 0,
+        Facts {
+            raw: &self.raw,
+            offered,
+            cpu_width,
+            iommu_width: info.map_or(0, |info| info.model.stage1_width()),
+            pasid_bits: self.backend.pasid_bits(self.rid),
+            privileged: has(HwInfo::PASID_PRIV),
+            ats: !has(HwInfo::ATS_NOT_SUPPORTED),
+            page_requests: self.backend.page_requests(self.rid),
         }
     }
 }

@@ -1,6 +1,7 @@
 #![doc = include_str!("README.md")]
 
 pub mod config;
+pub mod features;
 mod function;
 mod host;
 pub mod layout;

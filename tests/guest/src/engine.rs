@@ -21,6 +21,10 @@ pub const TESTS: &[Test] = &[
         |lab| sva(lab, "6.12", 16),
     ),
     test(
+        "processes_of_7_2_share_it_each_with_its_own_memory",
+        |lab| sva(lab, "7.2", 16),
+    ),
+    test(
         "processes_of_6_1_share_it_each_with_its_own_memory",
         |lab| sva(lab, "6.1", 4),
     ),

@@ -32,12 +32,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run every test; with FILTER, the guest tests whose name contains it.
+    /// Run every test; with FILTERS, the guest tests whose name contains one of them.
     Test {
-        /// Part of a guest test's name, see `cargo lab list`.
-        filter: Option<String>,
+        /// Parts of guest tests' names, see `cargo lab list`. A test on request needs its whole
+        /// name.
+        filters: Vec<String>,
         /// Only what needs no guest: formatting, lints, documentation, unit tests, fuzzing.
-        #[arg(long, conflicts_with = "filter")]
+        #[arg(long, conflicts_with = "filters")]
         no_guests: bool,
     },
     /// List the guest tests, with the profile of hardware each one needs.
@@ -94,16 +95,12 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<bool> {
     let lab = Lab::open(cli.emulate)?;
     match &cli.command {
-        Command::Test {
-            filter: None,
-            no_guests,
-        } => lab.test_everything(*no_guests),
-        Command::Test {
-            filter: Some(filter),
-            ..
-        } => lab.test_guests(filter, false),
-        Command::Soak => lab.test_guests("soak::", true),
-        Command::Bench { what } => lab.test_guests(&format!("bench::{what}"), true),
+        Command::Test { filters, no_guests } if filters.is_empty() => {
+            lab.test_everything(*no_guests)
+        }
+        Command::Test { filters, .. } => lab.test_guests(filters, false),
+        Command::Soak => lab.test_guests(&["soak::".into()], true),
+        Command::Bench { what } => lab.test_guests(&[format!("bench::{what}")], true),
         Command::List => {
             for test in suite::list(&programs::build(&lab.root)?)? {
                 let request = if test.on_request { "  on request" } else { "" };
@@ -228,12 +225,15 @@ impl Lab {
         Ok(tally.close())
     }
 
-    fn test_guests(&self, filter: &str, on_request: bool) -> Result<bool> {
+    fn test_guests(&self, filters: &[String], on_request: bool) -> Result<bool> {
         let (mut place, chosen) = self.prepare(|test| {
-            test.name.contains(filter) && (on_request || !test.on_request || test.name == filter)
+            filters.iter().any(|filter| {
+                let named = on_request || !test.on_request || test.name == *filter;
+                named && test.name.contains(filter)
+            })
         })?;
         if chosen.is_empty() {
-            bail!("no guest test matches {filter:?}; see cargo lab list");
+            bail!("no guest test matches {filters:?}; see cargo lab list");
         }
         let mut tally = Tally::default();
         suite::guests(&mut place, &chosen, &self.lab, &mut tally);
@@ -241,7 +241,7 @@ impl Lab {
     }
 
     fn demo(&self) -> Result<bool> {
-        let done = self.test_guests("demo::", true)?;
+        let done = self.test_guests(&["demo::".into()], true)?;
         if done {
             println!(
                 "\nThe guest was a stock Debian kernel under nestling {}.\n\

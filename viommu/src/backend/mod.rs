@@ -398,6 +398,22 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
+    /// What offers the guest nothing.
+    pub const NOTHING: Self = Self {
+        stage1: false,
+        stage1_57: false,
+        stage1_1g: false,
+        sre: false,
+        eafe: false,
+        stage2: [false; 3],
+        nested: false,
+        pasid_bits: 0,
+        page_requests: false,
+        address_width: 0,
+        page_sizes: 0,
+        snoop_control: false,
+    };
+
     /// What both can do.
     pub fn and(self, other: Self) -> Self {
         Self {

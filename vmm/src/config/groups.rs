@@ -138,6 +138,19 @@ options! {
     }
 }
 
+words! {
+    /// Whether a device shows a feature.
+    pub enum FeatureMode: "auto|on|off" {
+        /// Where it works.
+        #[default]
+        Auto = "auto",
+        /// Always, or the device is refused.
+        On = "on",
+        /// Never.
+        Off = "off",
+    }
+}
+
 options! {
     /// A PCI device of the host, given to the guest. It must be bound to vfio-pci; nestling doctor
     /// says what this host can do with each of its devices. May be given several times.
@@ -151,6 +164,13 @@ options! {
         pub iommu: bool = false;
         /// Put it behind the vIOMMU of this id.
         pub viommu: Option<String>;
+        /// Show the guest PASIDs: auto hides them where they cannot work, on refuses the device then.
+        pub pasid: FeatureMode = FeatureMode::Auto;
+        /// Show the guest page requests (ATS and PRI): auto shows them where they work.
+        pub pri: FeatureMode = FeatureMode::Auto;
+        /// Bits of address that the device can put on the bus, 12 to 64, where it is narrower than
+        /// the host's IOMMU: one narrower than the guest's CPUs gets no PASIDs.
+        pub dma_width: Option<u8>;
         /// Where in its configuration space the guest finds its PASID capability: a multiple of 4
         /// from 256 to 4088 where the vendor has no registers. By itself, a place that reads as 0.
         pub pasid_offset: Option<u16>;

@@ -370,6 +370,13 @@ impl VmConfig {
                     "device path={path} is given twice; give each device once"
                 )));
             }
+            if let Some(width) = device.dma_width
+                && !(12..=64).contains(&width)
+            {
+                return Err(ConfigError(format!(
+                    "device dma_width={width} is no width of an address; give the bits that the device can put on the bus, 12 to 64"
+                )));
+            }
             if let Some(offset) = device.pasid_offset
                 && (!(0x100..=0xff8).contains(&offset) || offset % 4 != 0)
             {

@@ -27,6 +27,49 @@ pub fn address_width(supported: &[kvm_cpuid_entry2]) -> u8 {
     }
 }
 
+/// Ways of paging that a CPU may have, and that a device which shares a process's tables has to
+/// have too.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Paging {
+    /// 5-level paging (LA57: CPUID 7 ECX bit 16).
+    pub five_levels: bool,
+    /// Pages of 1 GiB (CPUID 0x80000001 EDX bit 26).
+    pub pages_1g: bool,
+}
+
+impl Paging {
+    const LA57: u32 = 1 << 16;
+    const PAGE_1GB: u32 = 1 << 26;
+
+    /// What `cpuid` says.
+    pub fn of(cpuid: &[kvm_cpuid_entry2]) -> Self {
+        let has = |function, bits: fn(&kvm_cpuid_entry2) -> u32| {
+            let mut leaves = cpuid.iter();
+            leaves.any(|e| e.function == function && e.index == 0 && bits(e) != 0)
+        };
+        Self {
+            five_levels: has(7, |e| e.ecx & Self::LA57),
+            pages_1g: has(0x8000_0001, |e| e.edx & Self::PAGE_1GB),
+        }
+    }
+
+    /// Takes out of `cpuid` what is not in `self`.
+    pub fn limit(self, cpuid: &mut [kvm_cpuid_entry2]) {
+        for entry in cpuid {
+            match (entry.function, entry.index) {
+                (7, 0) if !self.five_levels => entry.ecx &= !Self::LA57,
+                (0x8000_0001, 0) if !self.pages_1g => entry.edx &= !Self::PAGE_1GB,
+                _ => {}
+            }
+        }
+    }
+
+    /// Bits of virtual address.
+    pub fn width(self) -> u8 {
+        if self.five_levels { 57 } else { 48 }
+    }
+}
+
 /// The CPUID of vCPU `index` of `count`.
 pub fn compose(
     supported: &[kvm_cpuid_entry2],
@@ -236,5 +279,35 @@ mod tests {
             0x30
         );
         assert_eq!(address_width(&[]), 36);
+    }
+
+    #[test]
+    fn paging_that_devices_lack_is_taken_out_and_nothing_else() {
+        let entry = |function, ecx, edx| kvm_cpuid_entry2 {
+            function,
+            ecx,
+            edx,
+            ..Default::default()
+        };
+        let all = [entry(7, !0, !0), entry(0x8000_0001, !0, !0)];
+        let have = Paging::of(&all);
+        assert_eq!(
+            (have.five_levels, have.pages_1g, have.width()),
+            (true, true, 57)
+        );
+        let mut cpuid = all;
+        have.limit(&mut cpuid);
+        assert_eq!(cpuid, all);
+        let less = Paging {
+            five_levels: false,
+            pages_1g: false,
+        };
+        less.limit(&mut cpuid);
+        assert_eq!(
+            cpuid,
+            [entry(7, !(1 << 16), !0), entry(0x8000_0001, !0, !(1 << 26))]
+        );
+        assert_eq!((Paging::of(&cpuid), less.width()), (less, 48));
+        assert_eq!(Paging::of(&[]), less);
     }
 }

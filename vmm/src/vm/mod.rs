@@ -36,8 +36,9 @@ use crate::control::{
     Reply,
 };
 use crate::interrupts::Interrupts;
+use crate::kvm::cpuid::{self, Paging};
 use crate::kvm::vcpu::{EventLine, Exits, GuestEvent, VcpuThreads};
-use crate::kvm::{self, Host, KvmError, cpuid, registers};
+use crate::kvm::{self, Host, KvmError, registers};
 use crate::memory::layout::{self, IOAPIC, LayoutError};
 use crate::memory::ram::{self, RamError};
 use crate::terminal::RawMode;
@@ -117,7 +118,9 @@ impl Vm {
         let interrupts = Interrupts::new(kvm.fd().clone());
         let events = Arc::new(EventLine::new().map_err(host("an event descriptor"))?);
         progress.step("devices");
-        let passthrough = iommu.map(|iommu| Passthrough::new(iommu, &kvm)).transpose();
+        let paging = Paging::of(host_kvm.cpuid());
+        let passthrough = iommu.map(|iommu| Passthrough::new(iommu, &kvm, paging));
+        let passthrough = passthrough.transpose();
         let passthrough = passthrough.map_err(DeviceError::from)?;
         let devices = Devices::new(
             config,
@@ -134,11 +137,16 @@ impl Vm {
             .map_err(|_| BootError::Write { at: tables.at })?;
 
         progress.step("vCPUs");
+        let paging = devices.viommus().paging(paging);
+        let cpuid = |index| {
+            let mut cpuid = cpuid::compose(host_kvm.cpuid(), index, cpus, host_kvm.tsc_deadline());
+            paging.limit(&mut cpuid);
+            cpuid
+        };
         let mut vcpus = Vec::with_capacity(cpus.into());
         for index in 0..cpus {
             let vcpu = kvm.create_vcpu(index)?;
-            let cpuid = cpuid::compose(host_kvm.cpuid(), index, cpus, host_kvm.tsc_deadline());
-            registers::set_up(&vcpu, index, &cpuid, (index == 0).then_some(entry))?;
+            registers::set_up(&vcpu, index, &cpuid(index), (index == 0).then_some(entry))?;
             vcpus.push(vcpu);
         }
         devices.open_files(config, first_boot)?;

@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use devices::passthrough::features::{Switch, Wishes};
 use devices::passthrough::vfio::{Hardware, Irq, OpenError};
 use devices::passthrough::{
     Admitted, Connections, DirectMemory, HostError, PassthroughHost, VfioPci, reserved_regions,
@@ -24,8 +25,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::event_loop::DeviceEvent;
 use super::viommus::{ViommuError, Viommus};
-use crate::config::{Behind, DeviceConfig, Reserve};
+use crate::config::{Behind, DeviceConfig, FeatureMode, Reserve};
 use crate::interrupts::Interrupts;
+use crate::kvm::cpuid::Paging;
 use crate::kvm::slots::DeviceSlots;
 use crate::kvm::vfio::VfioFiles;
 use crate::kvm::{self, KvmError};
@@ -194,6 +196,8 @@ pub(super) struct Passthrough {
     host: PassthroughHost,
     slots: Arc<DeviceSlots>,
     files: VfioFiles,
+    /// What the host's CPUs can.
+    paging: Paging,
 }
 
 /// A device that is in the host's IOMMU, blocked, and not yet a function of the guest.
@@ -213,11 +217,16 @@ pub(super) struct Passed {
 }
 
 impl Passthrough {
-    pub(super) fn new(host: PassthroughHost, vm: &Arc<kvm::Vm>) -> Result<Self, PassthroughError> {
+    pub(super) fn new(
+        host: PassthroughHost,
+        vm: &Arc<kvm::Vm>,
+        paging: Paging,
+    ) -> Result<Self, PassthroughError> {
         Ok(Self {
             host,
             slots: Arc::new(DeviceSlots::new(vm.clone())),
             files: VfioFiles::new(vm)?,
+            paging,
         })
     }
 
@@ -264,6 +273,7 @@ impl Passthrough {
                     source,
                 })?;
         }
+        let paging = viommus.paging(self.paging);
         let mut passed = Vec::with_capacity(waiting.len());
         for Waiting {
             config,
@@ -291,7 +301,7 @@ impl Passthrough {
                 peers: Some(self.host().clone()),
             };
             let function = admitted
-                .connect(viommus.before(behind), config.pasid_offset, connections)
+                .connect(viommus.before(behind, paging), &wishes(config), connections)
                 .map_err(|source| device_error(&config.path, source))?;
             let rid = slot.fill(function.clone())?;
             passed.push(Passed {
@@ -323,6 +333,20 @@ impl Passed {
             (self.function.error_event(), DeviceEvent::Failed(self.rid)),
             (self.function.request_event(), DeviceEvent::Wanted(self.rid)),
         ]
+    }
+}
+
+fn wishes(config: &DeviceConfig) -> Wishes {
+    let switch = |mode| match mode {
+        FeatureMode::Auto => Switch::Auto,
+        FeatureMode::On => Switch::On,
+        FeatureMode::Off => Switch::Off,
+    };
+    Wishes {
+        pasid: switch(config.pasid),
+        pri: switch(config.pri),
+        dma_width: config.dma_width,
+        pasid_offset: config.pasid_offset,
     }
 }
 

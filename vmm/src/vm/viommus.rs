@@ -28,28 +28,13 @@ use super::pasids::VmPasids;
 use crate::config::{Behind, PlatformConfig, UnitMode, ViommuConfig, ViommuKind};
 use crate::interrupts::remapping::RemappingUnit;
 use crate::interrupts::{Interrupts, Remapper};
+use crate::kvm::cpuid::Paging;
 use crate::memory::layout::{Layout, VTD_UNITS};
 
 /// The I/O APIC's ID, in the MADT and in the DMAR table.
 pub(super) const IOAPIC_ID: u8 = 0;
 /// The source-id of its interrupts: an address where no function is.
 const IOAPIC_SOURCE: Rid = Rid::new(0xff, 0x1f, 0);
-
-/// What a vIOMMU offers that has no tables of the guest's.
-const NOTHING: Capabilities = Capabilities {
-    stage1: false,
-    stage1_57: false,
-    stage1_1g: false,
-    sre: false,
-    eafe: false,
-    stage2: [false; 3],
-    nested: false,
-    pasid_bits: 0,
-    page_requests: false,
-    address_width: 0,
-    page_sizes: 0,
-    snoop_control: false,
-};
 
 /// Why a vIOMMU, or a device behind it, cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -315,10 +300,26 @@ impl Viommus {
         Ok(())
     }
 
-    /// What stands before a device that is there. Fixes what that vIOMMU offers.
-    pub(super) fn before(&self, behind: Behind<'_>) -> Before {
+    /// What stands before a device that is there, in a guest whose CPUs have `paging`. Fixes what
+    /// that vIOMMU offers.
+    pub(super) fn before(&self, behind: Behind<'_>, paging: Paging) -> Before {
         let placed = self.find(behind).and_then(|at| self.placed.get(at));
-        placed.map_or(Before::Nothing, |p| Before::Viommu(p.front.offered()))
+        placed.map_or(Before::Nothing, |placed| Before::Viommu {
+            offered: placed.front.offered(),
+            cpu_width: paging.width(),
+        })
+    }
+
+    /// What the guest's CPUs may have of the `host`'s ways of paging: a device that shares a
+    /// process's tables must be able to walk them, and Linux has no SVA where one cannot. Fixes
+    /// what every vIOMMU offers.
+    pub(super) fn paging(&self, host: Paging) -> Paging {
+        let offers = self.placed.iter().map(|placed| placed.front.offered());
+        let with_pasids = offers.filter(|offered| offered.stage1 && offered.pasid_bits > 0);
+        with_pasids.fold(host, |paging, offered| Paging {
+            five_levels: paging.five_levels && offered.stage1_57,
+            pages_1g: paging.pages_1g && offered.stage1_1g,
+        })
     }
 
     /// Who remaps the interrupts of a device that is there.
@@ -439,13 +440,16 @@ impl FrontEnd {
                 let offer = unit.freeze();
                 Capabilities {
                     stage1: offer.ecap.fsts(),
+                    stage1_57: offer.cap.fs5lp(),
+                    stage1_1g: offer.cap.fs1gp(),
+                    sre: offer.ecap.srs(),
                     pasid_bits: offer.pasid_bits(),
                     page_requests: offer.ecap.prs(),
                     address_width: offer.address_width(),
-                    ..NOTHING
+                    ..Capabilities::NOTHING
                 }
             }
-            Self::Virtio { .. } => NOTHING,
+            Self::Virtio { .. } => Capabilities::NOTHING,
         }
     }
 

@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use iommufd_bindings as sys;
 
@@ -390,6 +391,21 @@ impl Fake {
             }
         }
         panic!("no fault queue");
+    }
+
+    /// The same, once there are `count` of them.
+    ///
+    /// # Panics
+    /// There are not, for 10 seconds.
+    pub(super) fn wait_for_responses(&self, count: usize) -> Vec<(u32, u32)> {
+        let end = Instant::now() + Duration::from_secs(10);
+        let mut all = self.responses();
+        while all.len() < count {
+            assert!(Instant::now() < end, "{all:?} are not {count} responses");
+            std::thread::sleep(Duration::from_millis(1));
+            all.extend(self.responses());
+        }
+        all
     }
 
     /// The responses written so far: (cookie, code). A response to a group that the kernel has

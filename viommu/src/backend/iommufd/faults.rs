@@ -17,7 +17,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::object::FaultQueue;
-use crate::backend::{Access, EventSink, PageRequest, PageResponse, ResponseCode};
+use crate::backend::{Access, EventSink, PageRequest, PageResponse, ResponseCode, Scope};
+use crate::page_requests::PageRequests;
 use crate::{Iova, Pasid, Rid, Target};
 
 /// Bytes of one `iommu_hwpt_pgfault`.
@@ -37,8 +38,8 @@ pub(super) struct Faults {
 struct Pending {
     /// By the kernel's bind id.
     devices: BTreeMap<u32, (Rid, Arc<dyn EventSink>)>,
-    /// The kernel's cookie of each group that is not answered.
-    cookies: BTreeMap<(Target, u16), u32>,
+    /// The kernel's cookie of each group that is owed an answer.
+    book: PageRequests<u32>,
 }
 
 /// One record of the queue.
@@ -85,9 +86,7 @@ impl Record {
         let may = |bit| self.perm & bit != 0;
         Some(PageRequest {
             target: Target { endpoint, pasid },
-            group: u16::try_from(self.group)
-                .ok()
-                .filter(|&group| group < 512)?,
+            group: u16::try_from(self.group).ok()?,
             last: self.has(sys::iommu_hwpt_pgfault_flags_IOMMU_PGFAULT_FLAGS_LAST_PAGE),
             iova: Iova(self.addr),
             access: Access {
@@ -129,21 +128,22 @@ impl Faults {
     /// Forgets the groups of a target whose table has just been taken away: the kernel has
     /// answered them.
     pub(super) fn forget(&self, target: Target) {
-        let mut pending = self.pending();
         // A group that was read before the table went is on record here, since reading and
         // recording are one step under this lock.
-        pending.cookies.retain(|(of, _), _| *of != target);
+        self.pending().book.withdraw(Scope::Target(target));
     }
 
     /// How many groups are not answered.
     pub(super) fn unanswered(&self) -> usize {
-        self.pending().cookies.len()
+        self.pending().book.waiting()
     }
 
     /// Answers a group; one that is not on record was answered already.
     pub(super) fn respond(&self, response: PageResponse) {
         let mut pending = self.pending();
-        if let Some(cookie) = pending.cookies.remove(&(response.target, response.group)) {
+        // The lock is held over the answer: a detach in between would let the kernel use the
+        // cookie's number again, for a group that this is no answer to.
+        if let Some(cookie) = pending.book.respond(response.target, response.group) {
             self.answer(cookie, response.code);
         }
     }
@@ -209,12 +209,13 @@ impl Faults {
             }
             return;
         };
-        let key = (request.target, request.group);
-        match pending.cookies.insert(key, record.cookie) {
-            // The device uses a group's number again before its answer: the front end has no way
-            // to answer both, so the older one is over.
-            Some(older) if older != record.cookie => self.answer(older, ResponseCode::Invalid),
-            _ => {}
+        if let Err(refused) = pending.book.request(&request, record.cookie) {
+            // A group's number that is used again before its answer, or too much that waits.
+            log::debug!("page request of {}: {}", request.target, refused.why);
+            if request.last {
+                self.answer(refused.ticket, ResponseCode::Invalid);
+            }
+            return;
         }
         deliver.push((sink, request));
     }

@@ -181,6 +181,12 @@ impl HostIommu {
         self.endpoint(rid).map_or(0, |endpoint| endpoint.pasid_bits)
     }
 
+    /// Whether page requests of `rid` reach its front end.
+    pub fn page_requests(&self, rid: Rid) -> bool {
+        self.endpoint(rid)
+            .is_ok_and(|endpoint| endpoint.page_requests)
+    }
+
     /// What the host says of `rid`.
     pub fn hw_info(&self, rid: Rid) -> Option<HwInfo> {
         self.endpoint(rid).ok().map(|endpoint| endpoint.info)

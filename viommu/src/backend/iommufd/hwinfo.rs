@@ -43,6 +43,16 @@ pub enum HwModel {
 }
 
 impl HwModel {
+    /// Bits of first-stage address that it translates; of an IOMMU without such tables, 48: what
+    /// all kernels' own tables cover.
+    pub const fn stage1_width(&self) -> u8 {
+        match self {
+            Self::Vtd(unit) if unit.fl5lp() && unit.mgaw() >= 57 => 57,
+            Self::Vtd(unit) if unit.mgaw() < 48 => unit.mgaw(),
+            Self::Vtd(_) | Self::Other(_) => 48,
+        }
+    }
+
     /// Decodes the kernel's type number and data (as 64-bit words).
     pub fn decode(kind: u32, data: &[u64; 8]) -> Self {
         match kind {

@@ -4,9 +4,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::target::{TargetState, lock};
-use crate::backend::{EventSink, Fault, PageRequest, PageResponse, ResponseCode, Translation};
+use crate::backend::{
+    EventSink, Fault, PageRequest, PageResponse, ResponseCode, Scope, Translation,
+};
 use crate::dma::PageRequestRefused;
 use crate::interrupt::MessageSink;
+use crate::page_requests::{PageRequests, Withdrawn};
 use crate::{Pasid, Rid, Target};
 
 /// Takes the answers to an endpoint's page requests. Implemented by the device model.
@@ -42,18 +45,12 @@ impl Default for EndpointConfig {
     }
 }
 
-/// Who asks and the Page Request Group Index.
-pub(super) type Group = (Option<Pasid>, u16);
-
-/// Page request groups that an endpoint may have open: as many as the index has values.
-const GROUPS: usize = 1 << 9;
-
 /// The front end of an endpoint, and what it owes the endpoint.
 #[derive(Default)]
 struct Claim {
     sink: Option<Arc<dyn EventSink>>,
-    /// Groups without an answer; `true` once the last request was sent.
-    groups: HashMap<Group, bool>,
+    /// Groups that are owed an answer. The endpoint is all that is needed to give it.
+    book: PageRequests<()>,
 }
 
 /// One endpoint.
@@ -138,14 +135,13 @@ impl Endpoint {
     }
 
     /// Ends the claim; returns the groups that are still owed an [`answer`](Self::answer).
-    pub(super) fn unclaim(&self) -> Vec<Group> {
-        let claim = std::mem::take(&mut *lock(&self.claim));
-        let closed = claim.groups.into_iter().filter(|&(_, closed)| closed);
-        closed.map(|(group, _)| group).collect()
+    pub(super) fn unclaim(&self) -> Vec<Withdrawn<()>> {
+        let mut claim = std::mem::take(&mut *lock(&self.claim));
+        claim.book.withdraw(Scope::All)
     }
 
     pub(super) fn pending_groups(&self) -> usize {
-        lock(&self.claim).groups.len()
+        lock(&self.claim).book.groups_of(self.rid)
     }
 
     /// Tells the front end of a fault.
@@ -165,27 +161,19 @@ impl Endpoint {
         if self.config.page_responses.is_none() {
             return Err(PageRequestRefused::NotOffered);
         }
-        if usize::from(request.group) >= GROUPS {
-            return Err(PageRequestRefused::GroupIndex(request.group));
-        }
-        let group = (request.target.pasid, request.group);
         let mut claim = lock(&self.claim);
         let sink = claim.sink.clone().ok_or(PageRequestRefused::NotClaimed)?;
-        match claim.groups.get(&group) {
-            Some(true) => return Err(PageRequestRefused::GroupPending(request.group)),
-            None if claim.groups.len() >= GROUPS => return Err(PageRequestRefused::TooMany),
-            _ => {}
-        }
+        let refused = claim.book.request(&request, ());
+        refused.map_err(|refused| PageRequestRefused::Group(refused.why))?;
         if blocked {
             // Nobody can make pages appear where no translation is.
-            claim.groups.remove(&group);
+            let owed = claim.book.respond(request.target, request.group);
             drop(claim);
-            if request.last {
-                self.answer(group, ResponseCode::Invalid);
+            if owed.is_some() {
+                self.answer(request.target, request.group, ResponseCode::Invalid);
             }
             return Ok(());
         }
-        claim.groups.insert(group, request.last);
         drop(claim);
         sink.page_request(request);
         Ok(())
@@ -193,23 +181,19 @@ impl Endpoint {
 
     /// Answers a group, once.
     pub(super) fn respond(&self, response: PageResponse) {
-        let group = (response.target.pasid, response.group);
-        let mut claim = lock(&self.claim);
-        if claim.groups.get(&group) == Some(&true) {
-            claim.groups.remove(&group);
-            drop(claim);
-            self.answer(group, response.code);
+        let owed = lock(&self.claim)
+            .book
+            .respond(response.target, response.group);
+        if owed.is_some() {
+            self.answer(response.target, response.group, response.code);
         }
     }
 
     /// Sends an answer to the device; with no lock held.
-    pub(super) fn answer(&self, (pasid, group): Group, code: ResponseCode) {
+    pub(super) fn answer(&self, target: Target, group: u16, code: ResponseCode) {
         if let Some(sink) = &self.config.page_responses {
             sink.page_response(PageResponse {
-                target: Target {
-                    endpoint: self.rid,
-                    pasid,
-                },
+                target,
                 group,
                 code,
             });

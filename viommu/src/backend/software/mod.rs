@@ -344,8 +344,8 @@ impl Backend for Engine {
             pasids.into_iter().for_each(|pasid| endpoint.prune(pasid));
             endpoint.unclaim()
         };
-        for group in owed {
-            endpoint.answer(group, ResponseCode::Invalid);
+        for owed in owed {
+            endpoint.answer(owed.target, owed.group, ResponseCode::Invalid);
         }
         drain.wait();
     }

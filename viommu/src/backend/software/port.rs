@@ -17,6 +17,7 @@ use super::target::{INTERRUPT_RANGE, Space, TargetState};
 use super::walk::{Allowed, Page, Request, Walker};
 use crate::backend::{self, Fault, FaultCause, PageRequest, Translation};
 use crate::interrupt::Msi;
+use crate::page_requests::Refusal;
 use crate::{Iova, Pasid, Target};
 
 /// Faults that one access reports; a device that goes on after so many is not worth more.
@@ -31,15 +32,9 @@ pub enum PageRequestRefused {
     /// The endpoint has no front end.
     #[error("the endpoint is behind no vIOMMU; add it to a unit first")]
     NotClaimed,
-    /// Not a Page Request Group Index.
-    #[error("page request group {0} does not fit 9 bits; use 0 to 511")]
-    GroupIndex(u16),
-    /// The group was closed by its last request and has no response yet.
-    #[error("page request group {0} waits for its response; use another group")]
-    GroupPending(u16),
-    /// Too many groups are open.
-    #[error("512 page request groups wait for responses; wait for one of them")]
-    TooMany,
+    /// The group cannot have it now.
+    #[error(transparent)]
+    Group(Refusal),
 }
 
 /// A translated port.

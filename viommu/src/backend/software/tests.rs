@@ -9,6 +9,7 @@ use crate::Gpa;
 use crate::backend::{Access, Fault, FaultCause, PageRequest, Stage};
 use crate::dma::PageRequestRefused;
 use crate::interrupt::{MessageSink, Msi};
+use crate::page_requests::Refusal;
 
 const P: u64 = 1;
 const RW: u64 = 2;
@@ -557,7 +558,7 @@ fn page_requests_are_answered_once_per_group_and_bounded() {
     assert_eq!(answers(), [], "the group is not closed");
     assert_eq!(ask(&guest.port, 5, true), Ok(()));
     let again = ask(&guest.port, 5, true);
-    assert_eq!(again, Err(PageRequestRefused::GroupPending(5)));
+    assert_eq!(again, Err(PageRequestRefused::Group(Refusal::Waiting)));
     let requests = std::mem::take(&mut *guest.events.requests.lock().unwrap());
     let seen: Vec<_> = requests.iter().map(|r| (r.group, r.last, r.iova)).collect();
     assert_eq!(seen, [(5, false, Iova(0x1000)), (5, true, Iova(0x1000))]);
@@ -567,13 +568,19 @@ fn page_requests_are_answered_once_per_group_and_bounded() {
     assert_eq!(answered.len(), 1);
     assert_eq!(answered[0].code, ResponseCode::Failure);
     let index = ask(&guest.port, 512, true);
-    assert_eq!(index, Err(PageRequestRefused::GroupIndex(512)));
+    assert_eq!(
+        index,
+        Err(PageRequestRefused::Group(Refusal::NoSuchGroup(512)))
+    );
     for group in 0..512 {
         assert_eq!(ask(&guest.port, group, true), Ok(()));
     }
     let pasid = guest.port.with_pasid(Pasid(3)).unwrap();
     let full = ask(&pasid, 0, true);
-    assert_eq!(full, Err(PageRequestRefused::TooMany));
+    assert_eq!(
+        full,
+        Err(PageRequestRefused::Group(Refusal::EndpointFull(512)))
+    );
     assert_eq!(guest.engine.objects().page_requests, 512);
     guest.engine.release(RID);
     let invalid = answers();
