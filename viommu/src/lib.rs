@@ -12,6 +12,7 @@
 //! [`dma::DmaPort`].
 
 pub mod backend;
+pub mod bus_master;
 pub mod dma;
 mod ids;
 pub mod interrupt;

@@ -42,6 +42,8 @@ pub struct Msix {
 
 struct State {
     control: u16,
+    /// The function may write messages; while it may not, they are pending.
+    bus_master: bool,
     /// The table as the guest reads it.
     table: Vec<u8>,
     vectors: Vec<Vector>,
@@ -57,6 +59,7 @@ impl Msix {
         Ok(Self {
             state: Mutex::new(State {
                 control: 0,
+                bus_master: true,
                 table: State::fresh_table(count.into()),
                 vectors: Vector::many(count, delivery, source)?,
             }),
@@ -106,6 +109,18 @@ impl Msix {
         let mut state = self.state();
         if state.control != control {
             state.control = control;
+            for index in 0..state.vectors.len() {
+                state.update(index);
+            }
+        }
+    }
+
+    /// The guest wrote Bus Master Enable (7.5.1.1.3): a message is a write of the function's own.
+    /// Functions that never say so have it on.
+    pub fn set_bus_master(&self, enabled: bool) {
+        let mut state = self.state();
+        if state.bus_master != enabled {
+            state.bus_master = enabled;
             for index in 0..state.vectors.len() {
                 state.update(index);
             }
@@ -205,7 +220,7 @@ impl State {
             .is_none_or(|control| control & VECTOR_MASKED != 0);
         if self.control & CONTROL_ENABLE == 0 {
             Gate::Disabled
-        } else if masked || self.control & CONTROL_FUNCTION_MASK != 0 {
+        } else if masked || !self.bus_master || self.control & CONTROL_FUNCTION_MASK != 0 {
             Gate::Masked
         } else {
             Gate::Open
@@ -268,6 +283,18 @@ mod tests {
         let mut data = [0; 8];
         msix.pba_read(0, &mut data);
         u64::from_le_bytes(data)
+    }
+
+    #[test]
+    fn without_bus_mastering_messages_are_pending() {
+        let (msi, msix) = msix(Delivery::Emulated);
+        msix.set_control(CONTROL_ENABLE);
+        program(&msix, 2, 7, false);
+        msix.set_bus_master(false);
+        msix.signal(2);
+        assert_eq!((msi.get(2).signals(), pending(&msix)), (0, 1 << 2));
+        msix.set_bus_master(true);
+        assert_eq!((msi.get(2).signals(), pending(&msix)), (1, 0));
     }
 
     #[test]

@@ -308,9 +308,9 @@ impl PciFunction for TestDevice {
         }
         config.show_paging(&self.channels);
         let effect = config.space.write(offset, data);
-        self.channels
-            .msix()
-            .set_control(config.space.word(config.msix + 2));
+        let msix = self.channels.msix();
+        msix.set_control(config.space.word(config.msix + 2));
+        msix.set_bus_master(config.space.bus_master());
         if let Some(at) = config.pri {
             if written(at + PRI_STATUS).is_some() {
                 let status = config.space.word(at + PRI_STATUS);
@@ -382,7 +382,9 @@ impl PciFunction for TestDevice {
         let mut config = self.config();
         config.space = config.fresh.clone();
         // No interrupt and no DMA of before may be seen after.
-        self.channels.msix().reset();
+        let msix = self.channels.msix();
+        msix.reset();
+        msix.set_bus_master(config.space.bus_master());
         self.channels.enable(config.enables());
         self.channels.reset();
         Effect { decode: true }

@@ -38,8 +38,8 @@ const MOST_BATCHES: usize = 1024;
 /// Locks: `requests`, then the unit's own, then `events`.
 pub struct VirtioIommu {
     unit: Arc<Iommu>,
-    requests: Mutex<Option<Requests>>,
-    events: Mutex<Option<Events>>,
+    requests: Mutex<Option<(DmaPort, Requests)>>,
+    events: Mutex<Option<(DmaPort, Events)>>,
 }
 
 /// The request queue of an active device, and room for what is in work.
@@ -97,22 +97,27 @@ impl VirtioIommu {
         device
     }
 
-    fn requests(&self) -> MutexGuard<'_, Option<Requests>> {
+    fn requests(&self) -> MutexGuard<'_, Option<(DmaPort, Requests)>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn events(&self) -> MutexGuard<'_, Option<Events>> {
+    fn events(&self) -> MutexGuard<'_, Option<(DmaPort, Events)>> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves the request queue.
     fn serve(&self) {
         let mut requests = self.requests();
-        if let Some(active) = &mut *requests
+        let Some((dma, active)) = &mut *requests else {
+            return;
+        };
+        let access = dma.access();
+        if access.is_allowed()
             && let Err(broken) = active.serve(&self.unit)
         {
             log::warn!("virtio-iommu needs a reset by the guest: {broken}");
             active.interrupt.needs_reset();
+            drop(access);
             *requests = None;
         }
     }
@@ -120,11 +125,16 @@ impl VirtioIommu {
     /// Brings fault reports to the event queue, as long as there are reports and buffers.
     fn report(&self) {
         let mut events = self.events();
-        if let Some(active) = &mut *events
+        let Some((dma, active)) = &mut *events else {
+            return;
+        };
+        let access = dma.access();
+        if access.is_allowed()
             && let Err(broken) = active.report(&self.unit)
         {
             log::warn!("virtio-iommu needs a reset by the guest: {broken}");
             active.interrupt.needs_reset();
+            drop(access);
             *events = None;
         }
     }
@@ -169,19 +179,25 @@ impl VirtioDevice for VirtioIommu {
         let mut queues = activation.queues.into_iter();
         let mut next = || Some(queues.next().flatten()?.ring);
         let (requestq, eventq) = (next(), next());
-        *self.requests() = requestq.map(|ring| Requests {
-            ring,
-            ram: ram.clone(),
-            interrupt: Arc::clone(&activation.interrupt),
-            batch: Vec::new(),
-            replies: Vec::with_capacity(BATCH),
-            used: Vec::with_capacity(BATCH),
+        *self.requests() = requestq.map(|ring| {
+            let requests = Requests {
+                ring,
+                ram: ram.clone(),
+                interrupt: Arc::clone(&activation.interrupt),
+                batch: Vec::new(),
+                replies: Vec::with_capacity(BATCH),
+                used: Vec::with_capacity(BATCH),
+            };
+            (activation.dma.clone(), requests)
         });
-        *self.events() = eventq.map(|ring| Events {
-            ring,
-            ram: ram.clone(),
-            interrupt: activation.interrupt,
-            chain: Chain::default(),
+        *self.events() = eventq.map(|ring| {
+            let events = Events {
+                ring,
+                ram: ram.clone(),
+                interrupt: Arc::clone(&activation.interrupt),
+                chain: Chain::default(),
+            };
+            (activation.dma.clone(), events)
         });
         Ok(())
     }

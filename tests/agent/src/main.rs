@@ -4,6 +4,10 @@
 //! The console stays the kernel's: the agent writes a few markers there and nothing else. From the
 //! kernel's command line it takes `agent.run=COMMAND` (a shell command with `,` for each space,
 //! run instead of waiting when there is no channel, and before it otherwise).
+//!
+//! In a machine that runs, `/init kexec KERNEL INITRAMFS WORDS…` starts another kernel.
+
+mod kexec;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
@@ -25,6 +29,20 @@ const CHANNEL_LIMIT: Duration = Duration::from_secs(20);
 const MODULES: &str = "/lib/modules/load";
 
 fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // An init is given words of the kernel's command line; they mean nothing to it.
+    if std::process::id() != 1 {
+        let result = match arguments.as_slice() {
+            [verb, kernel, initramfs, words @ ..] if verb == "kexec" => {
+                kexec::go(kernel, initramfs, words)
+            }
+            _ => Err(io::Error::other("usage: init kexec KERNEL INITRAMFS WORDS")),
+        };
+        if let Err(error) = result {
+            eprintln!("init: {error}");
+            std::process::exit(1);
+        }
+    }
     prepare();
     load_modules();
     say(READY);

@@ -241,6 +241,8 @@ pub enum FaultCause {
     Blocked,
     /// Not canonical, or above the input width.
     AddressWidth,
+    /// A first-stage entry names an address above the input width of the second stage.
+    BeyondSecondStage,
     /// An entry of the stage that is named was not present or did not permit the access.
     NotMapped {
         /// Which stage's table.
@@ -248,6 +250,8 @@ pub enum FaultCause {
         /// The level of the entry: 1 is the leaf of 4 KiB pages.
         level: u8,
     },
+    /// A request without privilege met a first-stage entry that is for privileged ones.
+    SupervisorPage,
     /// An entry was present but did not permit the access.
     Permission {
         /// Which stage's table.
@@ -290,8 +294,12 @@ pub enum Stage {
     First,
     /// Second-stage, for the final address.
     Second,
-    /// Second-stage, for the address of a first-stage table.
+    /// Second-stage, for the address of the first-stage root table.
+    SecondForRoot,
+    /// Second-stage, for the address of another first-stage table.
     SecondForTable,
+    /// Second-stage, to set a flag in a first-stage table.
+    SecondForUpdate,
 }
 
 /// One DMA access that did not pass.

@@ -100,7 +100,9 @@ pub(super) fn translate(fault: &backend::Fault) -> spec::Fault {
     let reason = match fault.cause {
         FaultCause::Blocked => fault_reason::DOMAIN,
         FaultCause::AddressWidth
+        | FaultCause::BeyondSecondStage
         | FaultCause::NotMapped { .. }
+        | FaultCause::SupervisorPage
         | FaultCause::Permission { .. }
         | FaultCause::InterruptRange
         | FaultCause::OutsideMemory

@@ -182,8 +182,10 @@ fn scalable(
     if reserved {
         return Err(fault(FaultReason::ScalableContextReserved));
     }
-    if high.rid_pasid() >= low.pasids() {
-        return Err(fault(FaultReason::RidPasidInvalid));
+    // Page requests without the translations that they ask for, and a RID_PASID that the
+    // directory has no room for (SCT.4).
+    if low.pre() && !low.dte() || high.rid_pasid() >= low.pasids() {
+        return Err(fault(FaultReason::ScalableContextInvalid));
     }
     Ok(ScalableContext {
         directory: Gpa(low.directory()),

@@ -156,6 +156,11 @@ impl Faults {
         status.ppf() || status.pfo() || self.stopped()
     }
 
+    /// Neither DMA nor interrupts are remapped: recording begins at the first register (7.2.1).
+    pub(super) fn rewind(&mut self) {
+        self.next = 0;
+    }
+
     /// The invalidation queue stops.
     pub(super) fn stop_queue(&mut self, error: QueueError) -> Option<Msi> {
         let event = !self.pending();
@@ -240,19 +245,19 @@ pub(super) fn reason(
             Translation::Identity => R::PassThroughBeyondWidth,
             _ => R::NotCanonical,
         },
+        FaultCause::SupervisorPage => R::UserRequestToSupervisorPage,
+        FaultCause::BeyondSecondStage => R::FirstStageTableBeyondWidth,
         FaultCause::NotMapped { stage, .. } => match stage {
             Stage::First => R::FirstStageNotPresent,
-            Stage::Second if legacy => not_permitted,
-            Stage::Second => R::ScalableSecondStageNotPresent,
-            Stage::SecondForTable => R::FirstStageNotReadable,
+            _ if legacy => not_permitted,
+            _ => R::ScalableSecondStageNotPresent,
         },
         FaultCause::Permission { stage, .. } => match stage {
-            Stage::First if fault.execute => R::ExecuteNotPermitted,
-            // Every present first-stage entry can be read, but not by everyone.
-            Stage::First if !fault.access.write => R::UserRequestToSupervisorPage,
+            Stage::First if fault.execute && !fault.access.write => R::ExecuteNotPermitted,
             Stage::First | Stage::Second => not_permitted,
-            Stage::SecondForTable if fault.access.write => R::FirstStageNotWritable,
+            Stage::SecondForRoot => R::FirstStageRootNotReadable,
             Stage::SecondForTable => R::FirstStageNotReadable,
+            Stage::SecondForUpdate => R::FirstStageNotWritable,
         },
         FaultCause::Reserved { stage, .. } => match stage {
             Stage::First => R::FirstStageReserved,
@@ -265,6 +270,10 @@ pub(super) fn reason(
                 R::FirstStageRootAccess
             }
             (Stage::First, _) => R::FirstStageAccess,
+            // A root that the context entry names wrongly is that entry's fault (LCT.4.3).
+            (_, Translation::Stage2(stage2)) if legacy && level == levels(stage2.width) => {
+                R::ContextEntryInvalid
+            }
             _ if legacy => R::SecondStageAccess,
             (_, Translation::Stage2(stage2) | Translation::Nested { stage2, .. })
                 if level == levels(stage2.width) =>

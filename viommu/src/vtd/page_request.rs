@@ -151,10 +151,6 @@ impl PageQueue {
         self.tail = ring.next(self.tail);
         self.queued += 1;
         let event = self.status == Prs::new();
-        // Software looks at whole groups.
-        if !request.last {
-            return (Queued::Yes, None);
-        }
         self.status.set_ppr(true);
         (Queued::Yes, if event { self.event.raise() } else { None })
     }

@@ -33,6 +33,10 @@ pub(super) fn lookup(
     ) {
         (Context::Legacy(entry), _) => Ok(entry),
         (Context::Scalable(context), None) => decode(ram, offer, &context, context.rid_pasid),
+        (Context::Scalable(context), Some(pasid)) if pasid.0 == context.rid_pasid => Err(Problem {
+            reason: FaultReason::PasidIsRidPasid,
+            fpd: context.fpd,
+        }),
         (Context::Scalable(context), Some(pasid)) if context.paside => {
             decode(ram, offer, &context, pasid.0)
         }
@@ -143,13 +147,19 @@ pub(super) fn entry(offer: &Offer, words: [u64; 8], fpd: bool) -> Result<Entry, 
             ad: q0.ssade(),
         })
     };
+    let nested = || {
+        let (stage1, stage2) = (stage1()?, stage2()?);
+        // The second stage must be able to say where the first-stage table lies (SPT.4.4).
+        let width = stage2.width.min(offer.address_width());
+        if stage1.root.0 >> width != 0 {
+            return Err(invalid);
+        }
+        Ok(Translation::Nested { stage1, stage2 })
+    };
     let translation = match q0.translation_type() {
         Pgtt::FirstStage if ecap.fsts() => Translation::Stage1(stage1()?),
         Pgtt::SecondStage if ecap.ssts() => Translation::Stage2(stage2()?),
-        Pgtt::Nested if ecap.nest() => Translation::Nested {
-            stage1: stage1()?,
-            stage2: stage2()?,
-        },
+        Pgtt::Nested if ecap.nest() => nested()?,
         Pgtt::PassThrough if ecap.pt() => Translation::Identity,
         _ => return Err(invalid),
     };

@@ -70,7 +70,8 @@ impl VirtualCommands {
 
     /// What VCCAP reads as.
     pub fn vccap(&self) -> u64 {
-        Vccap::new().with_pas(true).into_bits()
+        let all = Vccap::new().with_ns(true).with_pas(true).with_fps(true);
+        all.into_bits()
     }
 
     /// What VCRSP reads as.

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
+use viommu::bus_master::BusMaster;
 use viommu::dma::DmaPort;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -76,10 +77,14 @@ pub enum VirtioPciError {
 
 /// The PCI function around a virtio device.
 ///
-/// Locks: `config` before `state`; neither is taken by `Shared`, which device threads call.
+/// Locks: `config` before `state`; neither is taken by `Shared`, which device threads call. A
+/// write of `config` waits for DMA under way when it clears Bus Master Enable.
 pub struct VirtioPci {
     device: Arc<dyn VirtioDevice>,
+    /// To see whether a driver's rings are in memory, whatever Bus Master Enable is then.
     dma: DmaPort,
+    /// What the device's own port obeys.
+    master: Arc<BusMaster>,
     offered: u64,
     kicks: Vec<Arc<EventFd>>,
     shared: Arc<Shared>,
@@ -143,11 +148,14 @@ impl VirtioPci {
         if dma.is_translated() {
             offered |= 1 << VIRTIO_F_ACCESS_PLATFORM;
         }
+        msix.set_bus_master(false);
+        let master = Arc::new(BusMaster::default());
         let shared = Arc::new(Shared::new(msix, queues));
         let state = State::new(device.queue_sizes());
         Ok(Arc::new(Self {
             device,
             dma,
+            master,
             offered,
             kicks,
             shared,
@@ -288,6 +296,27 @@ impl VirtioPci {
         features & !self.offered == 0 && features & must == must && self.device.accepts(features)
     }
 
+    /// Bus Master Enable is `enabled` now: before this returns, DMA and messages end, or what
+    /// they held up begins.
+    fn set_bus_master(&self, enabled: bool) {
+        let news = self.master.set(enabled);
+        self.shared.msix.set_bus_master(enabled);
+        if news && enabled {
+            for index in 0..self.kicks.len() {
+                self.kick(index);
+            }
+        }
+    }
+
+    fn kick(&self, index: usize) {
+        if self.device.notifies_inline() {
+            self.device.notify(index as u16);
+        } else if let Some(kick) = self.kicks.get(index) {
+            // A counter at its limit is signalled already.
+            let _ = kick.write(1);
+        }
+    }
+
     fn activate(&self, state: &mut State) -> bool {
         let features = state.driver_features;
         let has = |bit: u32| features & 1 << bit != 0;
@@ -314,7 +343,7 @@ impl VirtioPci {
         let started = self.device.activate(Activation {
             features,
             queues,
-            dma: self.dma.clone(),
+            dma: self.dma.clone().of_bus_master(Arc::clone(&self.master)),
             interrupt: Arc::clone(&self.shared) as Arc<dyn VirtioInterrupt>,
         });
         state.active = started.is_ok();
@@ -368,6 +397,8 @@ impl PciFunction for VirtioPci {
             self.shared
                 .msix
                 .set_control(config.word(self.msix_capability + 2));
+            // With the configuration locked, so that the last write is the last to take effect.
+            self.set_bus_master(config.bus_master());
             (effect, config.dword(self.pci_capability + 16).to_le_bytes())
         };
         if let Some((at, length)) = self.pci_window(offset) {
@@ -416,13 +447,8 @@ impl PciFunction for VirtioPci {
             DEVICE..NOTIFY => self.device.write_config((offset - DEVICE) as u32, data),
             NOTIFY..MSIX_TABLE => {
                 let index = (offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER);
-                if let Some(kick) = self.kicks.get(index as usize) {
-                    if self.device.notifies_inline() {
-                        self.device.notify(index as u16);
-                    } else {
-                        // A counter at its limit is signalled already.
-                        let _ = kick.write(1);
-                    }
+                if index < self.kicks.len() as u64 {
+                    self.kick(index as usize);
                 }
             }
             MSIX_TABLE..MSIX_PBA => self.shared.msix.table_write(offset - MSIX_TABLE, data),
@@ -452,6 +478,7 @@ impl PciFunction for VirtioPci {
         self.reset_device(&mut self.state());
         self.shared.msix.reset();
         *config = self.pristine.clone();
+        self.set_bus_master(false);
         Effect { decode: true }
     }
 }

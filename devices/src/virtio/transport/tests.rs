@@ -3,6 +3,7 @@
 use viommu::Rid;
 use viommu::backend::software::{EndpointConfig, Engine};
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::testing::{FakeMsi, ram};
@@ -98,14 +99,23 @@ fn guest_with(device: Dummy) -> Guest {
 fn guest_behind(device: Dummy, port: DmaPort) -> Guest {
     let (device, msi) = (Arc::new(device), FakeMsi::default());
     let pci = VirtioPci::new(device.clone(), port, &msi).unwrap();
-    Guest { pci, device, msi }
+    let guest = Guest { pci, device, msi };
+    guest.set_command(BUS_MASTER);
+    guest
 }
 
 fn guest() -> Guest {
     guest_with(Dummy::default())
 }
 
+/// Bus Master Enable in the Command register.
+const BUS_MASTER: u16 = 1 << 2;
+
 impl Guest {
+    fn set_command(&self, command: u16) {
+        let _ = self.pci.config_write(4, &command.to_le_bytes());
+    }
+
     fn get(&self, offset: u64, length: usize) -> u64 {
         let mut data = [0; 8];
         self.pci.bar_read(BAR, offset, &mut data[..length]);
@@ -311,6 +321,49 @@ fn a_vector_that_does_not_exist_reads_back_as_none() {
         guest.put(26, written, 2);
         assert_eq!(guest.get(26, 2), read);
     }
+}
+
+#[test]
+fn without_bus_mastering_nothing_is_accessed_and_with_it_every_queue_is_looked_at_again() {
+    let guest = guest();
+    guest.set_command(0);
+    guest.start();
+    assert_eq!(guest.status() & NEEDS_RESET, 0);
+    let dma = guest
+        .device
+        .active
+        .lock()
+        .unwrap()
+        .as_ref()
+        .unwrap()
+        .dma
+        .clone();
+    assert!(!dma.access().is_allowed());
+    assert!(dma.access().read_obj::<u8>(GuestAddress(0)).is_err());
+    assert!(guest.pci.kicks.iter().all(|kick| kick.read().is_err()));
+    guest.set_command(BUS_MASTER);
+    assert!(dma.access().read_obj::<u8>(GuestAddress(0)).is_ok());
+    assert!(guest.pci.kicks.iter().all(|kick| kick.read().is_ok()));
+    guest.set_command(BUS_MASTER);
+    assert!(
+        guest.pci.kicks.iter().all(|kick| kick.read().is_err()),
+        "no news"
+    );
+    let _ = guest.pci.reset();
+    assert!(!dma.access().is_allowed());
+}
+
+#[test]
+fn messages_wait_for_bus_mastering() {
+    let guest = guest();
+    guest.enable_msix();
+    guest.set_command(0);
+    guest.start();
+    guest.device.interrupt().queue(0);
+    assert_eq!(guest.get(MSIX_PBA, 8), 1 << 1);
+    guest.set_command(BUS_MASTER);
+    assert_eq!(guest.get(MSIX_PBA, 8), 0);
+    assert_eq!(guest.msi.get(1).signals(), 1);
 }
 
 #[test]

@@ -83,7 +83,7 @@ impl Reference {
             _ => 5,
         };
         if address >= bit(stage2.width.into()) {
-            return Err(FaultCause::AddressWidth);
+            return Err(FaultCause::BeyondSecondStage);
         }
         let (mut table, mut readable, mut writable) = (stage2.root.0, true, true);
         for level in (1..=levels).rev() {
@@ -126,10 +126,11 @@ impl Reference {
         under: Option<&Stage2>,
         table: u64,
         access: Access,
+        stage: Stage,
     ) -> Result<u64, FaultCause> {
         match under {
             None => Ok(table),
-            Some(stage2) => self.second(stage2, table, access, Stage::SecondForTable, false),
+            Some(stage2) => self.second(stage2, table, access, stage, false),
         }
     }
 
@@ -143,9 +144,14 @@ impl Reference {
             return Err(FaultCause::Supervisor);
         }
         let (mut table, mut rw, mut us, mut xd) = (s.root.0, true, true, false);
-        for level in (1..=if s.width == 48 { 4 } else { 5 }).rev() {
+        let levels = if s.width == 48 { 4 } else { 5 };
+        for level in (1..=levels).rev() {
             let index = ask.iova / Self::span(level) % 512;
-            let at = self.outer(under, table, Access::READ)? + index * 8;
+            let why = match level == levels {
+                true => Stage::SecondForRoot,
+                false => Stage::SecondForTable,
+            };
+            let at = self.outer(under, table, Access::READ, why)? + index * 8;
             let entry = self
                 .entry(at)
                 .ok_or(FaultCause::TableAccess { stage, level })?;
@@ -174,14 +180,17 @@ impl Reference {
                     || ask.execute && !may_fetch
                 {
                     let privileged = ask.privileged;
-                    return Err(FaultCause::Permission { stage, privileged });
+                    return Err(match privileged || us {
+                        true => FaultCause::Permission { stage, privileged },
+                        false => FaultCause::SupervisorPage,
+                    });
                 }
                 if ask.access.write {
                     flags |= bit(6);
                 }
             }
             if entry & flags != flags {
-                self.outer(under, table, Access::WRITE)?;
+                self.outer(under, table, Access::WRITE, Stage::SecondForUpdate)?;
                 self.set(at, flags);
             }
             let address_bits = entry % bit(52) / 4096 * 4096;
@@ -208,6 +217,9 @@ impl Reference {
         let gpa = match translation {
             Translation::Stage1(stage1) => self.first(&stage1, None, ask)?,
             Translation::Stage2(stage2) => {
+                if ask.iova >= bit(stage2.width.into()) {
+                    return Err(FaultCause::AddressWidth);
+                }
                 self.second(&stage2, ask.iova, ask.access, Stage::Second, ask.privileged)?
             }
             Translation::Nested { stage1, stage2 } => self.first(&stage1, Some(&stage2), ask)?,

@@ -230,7 +230,9 @@ impl Walker<'_> {
                 };
             }
             at.level -= 1;
-            (at.table, at.writable) = self.first_stage_table(under, entry.table().0)?;
+            let table = entry.table().0;
+            (at.table, at.writable) =
+                self.first_stage_table(under, table, Stage::SecondForTable)?;
             if let Some(cache) = self.cache {
                 cache.put_structure(Of::Input, at.level, iova, at.into_cached(stage1));
             }
@@ -286,7 +288,8 @@ impl Walker<'_> {
         stage1: &Stage1,
         under: Option<&Stage2>,
     ) -> Result<First, FaultCause> {
-        let (table, writable) = self.first_stage_table(under, stage1.root.0)?;
+        let root = stage1.root.0;
+        let (table, writable) = self.first_stage_table(under, root, Stage::SecondForRoot)?;
         Ok(First {
             level: if stage1.width == 57 { 5 } else { 4 },
             table,
@@ -302,6 +305,7 @@ impl Walker<'_> {
         &self,
         under: Option<&Stage2>,
         table: u64,
+        stage: Stage,
     ) -> Result<(u64, bool), FaultCause> {
         let Some(stage2) = under else {
             return Ok((table, true));
@@ -310,7 +314,7 @@ impl Walker<'_> {
             read: true,
             ..Request::default()
         };
-        let page = self.second_stage(stage2, table, read, Stage::SecondForTable)?;
+        let page = self.second_stage(stage2, table, read, stage)?;
         Ok((page.at(table), page.allowed.has(Allowed(Allowed::WRITE))))
     }
 
@@ -339,9 +343,13 @@ impl Walker<'_> {
             let leaf = entry.is_leaf(level);
             let passed = at.through(entry);
             if leaf && !passed.allowed(stage1, true).has(request.needs()) {
-                return Err(FaultCause::Permission {
-                    stage,
-                    privileged: request.privileged,
+                return Err(if passed.us || request.privileged {
+                    FaultCause::Permission {
+                        stage,
+                        privileged: request.privileged,
+                    }
+                } else {
+                    FaultCause::SupervisorPage
                 });
             }
             let flagged = entry
@@ -399,13 +407,14 @@ impl Walker<'_> {
             }
             table = entry.table().0;
             above.level -= 1;
-            (above.table, above.writable) = uncached.first_stage_table(Some(stage2), table)?;
+            (above.table, above.writable) =
+                uncached.first_stage_table(Some(stage2), table, Stage::SecondForTable)?;
         }
         let write = Request {
             write: true,
             ..Request::default()
         };
-        self.second_stage(stage2, table, write, Stage::SecondForTable)
+        self.second_stage(stage2, table, write, Stage::SecondForUpdate)
             .map(|_| ())
     }
 
@@ -426,7 +435,7 @@ impl Walker<'_> {
         })
     }
 
-    /// Walks a second-stage table. `stage` is what it is used for.
+    /// Walks a second-stage table under a first stage. `stage` is what it is used for.
     pub(super) fn second_stage(
         &self,
         stage2: &Stage2,
@@ -435,7 +444,7 @@ impl Walker<'_> {
         stage: Stage,
     ) -> Result<Page, FaultCause> {
         if address >> stage2.width != 0 {
-            return Err(FaultCause::AddressWidth);
+            return Err(FaultCause::BeyondSecondStage);
         }
         self.second_stage_from(stage2, address, request, stage, Of::Second)
     }

@@ -83,7 +83,7 @@ reasons! {
     ScalableContextNotPresent = 0x41,
     /// SCT.3: a reserved field of the context entry is set.
     ScalableContextReserved = 0x42,
-    /// SCT.4: the context entry cannot be obeyed.
+    /// SCT.4: PRE without DTE, or a RID_PASID beyond the directory.
     ScalableContextInvalid = 0x43,
     /// SCT.5: DTE is clear.
     DeviceTlbDisabled = 0x44,
@@ -93,8 +93,8 @@ reasons! {
     PasidBeyondDirectory = 0x46,
     /// SCT.8: PRE is clear.
     PageRequestDisabled = 0x47,
-    /// SCT.9: RID_PASID is beyond the directory.
-    RidPasidInvalid = 0x48,
+    /// SCT.9: a request carries the PASID that RID_PASID sets aside for those without one.
+    PasidIsRidPasid = 0x48,
     /// SPD.1: the PASID directory cannot be read.
     PasidDirectoryAccess = 0x50,
     /// SPD.2: the PASID directory entry is not present.
@@ -165,8 +165,8 @@ impl FaultReason {
         self as u8
     }
 
-    /// Whether FPD suppresses the record ("qualified" in the tables): everything that is found
-    /// at or behind an entry which has FPD. What is wrong with the root table is always recorded.
+    /// Whether FPD suppresses the record ("qualified" in table 30). What is wrong with the root
+    /// table, and a table that cannot be read, is always recorded.
     pub const fn is_qualified(self) -> bool {
         !matches!(
             self,
@@ -185,6 +185,8 @@ impl FaultReason {
                 | Self::ScalableRootNotPresent
                 | Self::ScalableRootReserved
                 | Self::ScalableContextTableAccess
+                | Self::PasidDirectoryAccess
+                | Self::PasidTableAccess
         )
     }
 }

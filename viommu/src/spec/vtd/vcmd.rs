@@ -20,9 +20,13 @@ pub const ECAP_VCS: u64 = 1 << 44;
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct Vccap {
-    /// PASID Allocation Support: [`ALLOCATE_PASID`] and [`FREE_PASID`] are there.
+    /// Null Command Support: [`NULL`] is there. Linux up to 6.3 reads this bit as PAS.
+    pub ns: bool,
+    /// PASID Allocation Support: [`ALLOCATE_PASID`] is there.
     pub pas: bool,
-    #[bits(63)]
+    /// Free PASID Support: [`FREE_PASID`] is there.
+    pub fps: bool,
+    #[bits(61)]
     __: u64,
 }
 
@@ -79,7 +83,7 @@ mod tests {
 
     #[test]
     fn the_fields_are_where_linux_6_1_has_them() {
-        assert_eq!(Vccap::new().with_pas(true).into_bits(), 1);
+        assert_eq!(Vccap::new().with_ns(true).into_bits(), 1);
         let free = Vcmd::new()
             .with_command(FREE_PASID)
             .with_pasid(0xf_ffff)

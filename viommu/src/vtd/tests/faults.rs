@@ -98,6 +98,19 @@ fn records_are_used_round_robin_and_fri_names_the_oldest() {
 }
 
 #[test]
+fn recording_begins_at_the_first_register_when_remapping_was_off() {
+    let guest = bound();
+    let request = fault(Target::rid(NIC), 0, Access::READ, NOT_MAPPED);
+    guest.backend.fault(request);
+    guest.faults();
+    guest.w32(offset::GCMD, 1 << 26);
+    guest.w32(offset::GCMD, 1 << 31 | 1 << 26);
+    guest.backend.fault(request);
+    assert_eq!(guest.r32(offset::FSTS) >> 8, 0);
+    assert_eq!(guest.faults().len(), 1);
+}
+
+#[test]
 fn nothing_is_recorded_while_overflow_is_not_serviced() {
     let guest = bound();
     let request = fault(Target::rid(NIC), 0, Access::READ, NOT_MAPPED);
@@ -140,15 +153,29 @@ fn every_cause_has_the_reason_of_its_mode_and_stage() {
         (r, NOT_MAPPED, R::FirstStageNotPresent),
         (r, FaultCause::AddressWidth, R::NotCanonical),
         (w, permission(Stage::First), R::ScalableWriteNotPermitted),
-        (r, permission(Stage::First), R::UserRequestToSupervisorPage),
         (
             r,
-            permission(Stage::SecondForTable),
-            R::FirstStageNotReadable,
+            FaultCause::SupervisorPage,
+            R::UserRequestToSupervisorPage,
+        ),
+        (
+            w,
+            FaultCause::SupervisorPage,
+            R::UserRequestToSupervisorPage,
+        ),
+        (
+            w,
+            permission(Stage::SecondForRoot),
+            R::FirstStageRootNotReadable,
         ),
         (
             w,
             permission(Stage::SecondForTable),
+            R::FirstStageNotReadable,
+        ),
+        (
+            r,
+            permission(Stage::SecondForUpdate),
             R::FirstStageNotWritable,
         ),
         (
@@ -224,6 +251,14 @@ fn every_cause_has_the_reason_of_its_mode_and_stage() {
                 stage: second,
                 level: 4,
             },
+            R::ContextEntryInvalid,
+        ),
+        (
+            r,
+            FaultCause::TableAccess {
+                stage: second,
+                level: 3,
+            },
             R::SecondStageAccess,
         ),
         (r, FaultCause::AddressWidth, R::AddressBeyondWidth),
@@ -260,8 +295,9 @@ fn nested_and_second_stage_causes_have_the_scalable_reasons() {
                 stage: table,
                 level: 1,
             },
-            R::FirstStageNotReadable,
+            R::ScalableSecondStageNotPresent,
         ),
+        (FaultCause::BeyondSecondStage, R::FirstStageTableBeyondWidth),
         (
             FaultCause::Reserved {
                 stage: second,

@@ -438,11 +438,25 @@ fn function_masks_select_the_functions_of_a_device() {
 }
 
 #[test]
-fn registers_invalidate_where_there_is_no_queue() {
-    let mut guest = bound();
+fn registers_invalidate_in_legacy_mode_and_say_in_scalable_mode_that_they_did_not() {
+    let guest = bound();
+    guest.backend.calls();
+    guest.w64(offset::IOTLB, 1 << 63 | 1 << 60);
+    guest.w64(offset::CCMD, 1 << 63 | 1 << 61);
+    assert_eq!(guest.r64(offset::IOTLB) >> 57 & 0x43, 0, "IVT, IAIG");
+    assert_eq!(guest.r64(offset::CCMD) >> 59 & 0x13, 0, "ICC, CAIG");
+    assert_eq!(guest.backend.calls(), []);
+
+    let mut guest = Guest::legacy(UnitConfig {
+        mode: super::super::Mode::Legacy,
+        ..UnitConfig::default()
+    });
+    let root = guest.page();
+    guest.set_legacy_context(NIC, [root | 1, 3 << 8 | 2]);
+    assert!(guest.submit(&[context_device(NIC)]));
     guest.backend.calls();
     guest.w64(offset::IOTLB, 1 << 63 | 2 << 60 | 3 << 32);
-    assert_eq!(guest.backend.batches().concat().len(), 2);
+    assert_eq!(guest.backend.batches().concat().len(), 1);
     assert_eq!(
         guest.r64(offset::IOTLB) >> 57,
         2 | 2 << 3,
@@ -455,7 +469,7 @@ fn registers_invalidate_where_there_is_no_queue() {
         2,
         "too large a mask became the domain"
     );
-    guest.set_context(NIC, [0; 4]);
+    guest.set_legacy_context(NIC, [0; 2]);
     guest.w64(offset::CCMD, 1 << 63 | 1 << 61);
     assert_eq!(guest.r64(offset::CCMD) >> 59, 1 | 1 << 2);
     assert_eq!(guest.backend.objects().targets, 0);

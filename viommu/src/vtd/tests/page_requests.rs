@@ -9,6 +9,7 @@ use crate::backend::{Access, Backend, PageRequest, PageResponse, ResponseCode};
 use crate::spec::vtd::descriptor::kind;
 use crate::spec::vtd::fault::FaultReason as R;
 use crate::spec::vtd::registers as offset;
+use crate::spec::vtd::tables::PasidEntry;
 use crate::{Iova, Pasid, Rid, Target};
 
 const FIVE: Target = Target::pasid(NIC, Pasid(5));
@@ -37,7 +38,9 @@ fn answer(target: Target, group: u16, code: ResponseCode) -> Call {
 fn bound() -> Guest {
     let mut guest = Guest::scalable();
     let directory = guest.context(NIC);
-    guest.bind(directory, 5, first_stage(3, 0x5000));
+    for pasid in [0, 5] {
+        guest.bind(directory, pasid, first_stage(3, 0x5000));
+    }
     guest.backend.calls();
     guest
 }
@@ -46,10 +49,10 @@ fn bound() -> Guest {
 fn a_request_is_in_the_queue_as_linux_reads_it_and_its_answer_reaches_the_device() {
     let mut guest = bound();
     guest.backend.ask(ask(FIVE, 3, false));
-    assert_eq!(guest.mailbox.take(), [], "Linux waits for the whole group");
-    guest.backend.ask(ask(FIVE, 3, true));
     let sent = guest.mailbox.take();
     assert_eq!(sent.len(), 1);
+    guest.backend.ask(ask(FIVE, 3, true));
+    assert_eq!(guest.mailbox.take(), [], "PPR is set still");
     assert_eq!(u64::from(sent[0].data), offset::PECTL);
     assert_eq!((guest.r64(offset::PQH), guest.r64(offset::PQT)), (0, 64));
     assert_eq!(guest.r32(offset::PRS), 1);
@@ -191,6 +194,24 @@ fn requests_that_nobody_enabled_are_answered_invalid_with_a_fault() {
         [answer(FIVE, 4, ResponseCode::Invalid)]
     );
     assert_eq!(guest.faults()[0].1, R::PasidDisabled.code());
+    // A PASID that has nothing, one that cannot be obeyed, and the one of requests without any.
+    guest.set_context(NIC, [directory | 0x1d, 0, 0, 0]);
+    let mut wrong = first_stage(2, 0x5000);
+    wrong.q0.set_pgtt(7);
+    for (pasid, entry, reason) in [
+        (5, PasidEntry::default(), R::PasidEntryNotPresent),
+        (5, wrong, R::PasidEntryInvalid),
+        (0, pass_through(2), R::PasidIsRidPasid),
+    ] {
+        guest.set_pasid(directory, pasid, entry);
+        let target = Target::pasid(NIC, Pasid(pasid));
+        guest.backend.ask(ask(target, 4, true));
+        assert_eq!(
+            guest.backend.calls(),
+            [answer(target, 4, ResponseCode::Invalid)]
+        );
+        assert_eq!(guest.faults()[0].1, reason.code());
+    }
     // Legacy mode.
     guest.w64(offset::RTADDR, ROOT);
     guest.w32(offset::GCMD, 1 << 31 | 1 << 30 | 1 << 26);

@@ -248,7 +248,7 @@ fn virtual_commands_are_offered_with_an_allocator_and_hand_out_its_pasids() {
     )
     .unwrap();
     assert_eq!(guest.r64(offset::ECAP) >> 44 & 1, 1);
-    assert_eq!(guest.r64(0xe30), 1);
+    assert_eq!(guest.r64(0xe30), 7, "null commands, allocate and free");
     guest.w64(0xe00, 1);
     assert_eq!(guest.r64(0xe10), 1 << 16);
     guest.w32(0xe00, 1);

@@ -124,8 +124,11 @@ fn every_scalable_check_has_its_reason() {
         guest.set_context(NIC, words);
         assert_blocked(&mut guest, nic, R::ScalableContextReserved);
     }
-    guest.set_context(NIC, [1, 1 << 13, 0, 0]);
-    assert_blocked(&mut guest, nic, R::RidPasidInvalid);
+    // RID_PASID beyond the directory; PRE without DTE.
+    for words in [[1, 1 << 13, 0, 0], [0x11, 0, 0, 0]] {
+        guest.set_context(NIC, words);
+        assert_blocked(&mut guest, nic, R::ScalableContextInvalid);
+    }
     guest.set_context(NIC, [RAM | 9, 0, 0, 0]);
     assert_blocked(&mut guest, nic, R::PasidDirectoryAccess);
 
@@ -145,6 +148,8 @@ fn every_scalable_check_has_its_reason() {
     guest.set_pasid(directory, 0, PasidEntry::default());
     assert_blocked(&mut guest, nic, R::PasidEntryNotPresent);
     assert_blocked(&mut guest, five, R::PasidEntryNotPresent);
+    let zero = Target::pasid(NIC, Pasid(0));
+    assert_blocked(&mut guest, zero, R::PasidIsRidPasid);
     let beyond = Target::pasid(NIC, Pasid(1 << 13));
     assert_blocked(&mut guest, beyond, R::PasidBeyondDirectory);
     guest.set_context(NIC, [directory | 1, 0, 0, 0]);
@@ -412,6 +417,15 @@ fn fpd_at_any_level_keeps_qualified_faults_out_of_the_log() {
     guest.set_context(NIC, [2, 0, 0, 0]);
     assert_eq!(attempt(&guest), 0);
     guest.poke(ROOT, &[0]);
+    assert_eq!(attempt(&guest), 1);
+    // A directory and a table that cannot be read are no fault of an entry's.
+    let mut guest = Guest::scalable();
+    guest.context(NIC);
+    guest.set_context(NIC, [RAM | 0xb, 0, 0, 0]);
+    assert_eq!(attempt(&guest), 1);
+    let directory = guest.page();
+    guest.set_context(NIC, [directory | 0xb, 0, 0, 0]);
+    guest.poke(directory, &[RAM | 3]);
     assert_eq!(attempt(&guest), 1);
 }
 

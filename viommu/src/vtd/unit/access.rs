@@ -6,7 +6,9 @@ use super::{Commands, Unit, lock, view};
 use crate::Gpa;
 use crate::interrupt::Msi;
 use crate::spec::vtd::descriptor::{ContextScope, IotlbScope, function_mask, masked_range};
-use crate::spec::vtd::registers::{self as offset, Ccmd, Global, InvalidateAddress, Iotlb};
+use crate::spec::vtd::registers::{
+    self as offset, Ccmd, Global, InvalidateAddress, Iotlb, TranslationTableMode,
+};
 use crate::spec::vtd::vcmd::{VCCAP, VCMD, VCRSP};
 use crate::vtd::capabilities::Offer;
 use crate::vtd::fault::Faults;
@@ -146,7 +148,12 @@ impl Unit {
     /// CCMD.ICC: a context-cache invalidation without the queue.
     fn invalidate_contexts(&self, offer: &Offer, commands: &mut Commands, command: Ccmd) {
         let view = view(&self.ram, offer, &commands.registers);
-        let scope = match command.cirg() {
+        // In scalable mode there is only the queue, and this is an incorrect request.
+        let asked = match commands.registers.root().mode() {
+            TranslationTableMode::Legacy => command.cirg(),
+            _ => 0,
+        };
+        let scope = match asked {
             1 => Some(ContextScope::Global),
             2 => Some(ContextScope::Domain(command.did())),
             3 => Some(ContextScope::Device {
@@ -159,7 +166,7 @@ impl Unit {
             commands.targets.invalidate_contexts(view, scope);
             commands.targets.finish(view);
         }
-        commands.registers.context_done(command.cirg());
+        commands.registers.context_done(asked);
     }
 
     /// IOTLB.IVT: an IOTLB invalidation without the queue.
@@ -171,7 +178,11 @@ impl Unit {
         address: InvalidateAddress,
     ) {
         let did = command.did();
-        let (scope, done) = match command.iirg() {
+        let asked = match commands.registers.root().mode() {
+            TranslationTableMode::Legacy => command.iirg(),
+            _ => 0,
+        };
+        let (scope, done) = match asked {
             1 => (Some(IotlbScope::Global), 1),
             2 => (Some(IotlbScope::Domain(did)), 2),
             3 if address.am() <= offer.cap.mamv() => {
@@ -243,6 +254,9 @@ impl Unit {
                 }),
                 compatibility: status.cfi(),
             });
+        }
+        if !status.te() && !status.ire() {
+            lock(&self.faults).rewind();
         }
         registers.commit(status);
         match change.queue {

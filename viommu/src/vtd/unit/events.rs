@@ -161,10 +161,10 @@ impl Unit {
             Ok(Context::Scalable(context)) if !context.pre => {
                 Some((FaultReason::PageRequestDisabled, context.fpd))
             }
-            Ok(Context::Scalable(context)) if target.pasid.is_some() && !context.paside => {
-                Some((FaultReason::PasidDisabled, context.fpd))
-            }
-            Ok(Context::Scalable(_)) => None,
+            // And its PASID entry is one that can be obeyed (7.4.1, "Remapping Table Error").
+            Ok(Context::Scalable(_)) => pasid::lookup(&self.ram, offer, root, target)
+                .err()
+                .map(|problem| (problem.reason, problem.fpd)),
         }
     }
 }
