@@ -13,6 +13,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use viommu::GuestRam;
+use viommu::dma::DmaPort;
 use viommu::spec::virtio_iommu as spec;
 use viommu::virtio::decode::MAX_READABLE;
 use viommu::virtio::{Chain as Request, Iommu, Reply};

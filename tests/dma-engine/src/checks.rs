@@ -49,6 +49,13 @@ pub fn blocked(address: &str) -> Result<()> {
         written.expect_failure(Reason::Fault, at, "a write with no mapping")?;
     }
     holds("nothing is reached without a mapping");
+    function.enable_only(0x2)?;
+    let write = channel.fill(PLAIN, 0, 0x1000, 64)?;
+    ensure!(
+        write.status == Status::Failed(Reason::Disabled),
+        "a write without bus mastering: {write:x?}"
+    );
+    holds("nothing is sent without bus mastering");
     Ok(())
 }
 

@@ -64,6 +64,14 @@ impl Function {
     /// # Errors
     /// What the kernel said.
     pub fn enable(&self) -> Result<()> {
+        self.enable_only(0x6)
+    }
+
+    /// Lets it do what these bits of the Command register's low three say, and no more.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn enable_only(&self, bits: u16) -> Result<()> {
         let config = OpenOptions::new()
             .read(true)
             .write(true)
@@ -71,7 +79,7 @@ impl Function {
         let config = config.context("cannot open the configuration space")?;
         let mut command = [0; 2];
         config.read_exact_at(&mut command, 4)?;
-        let command = u16::from_le_bytes(command) | 0x6;
+        let command = u16::from_le_bytes(command) & !0x7 | bits;
         config.write_all_at(&command.to_le_bytes(), 4)?;
         Ok(())
     }

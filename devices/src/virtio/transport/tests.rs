@@ -101,6 +101,11 @@ fn guest_behind(device: Dummy, port: DmaPort) -> Guest {
     let pci = VirtioPci::new(device.clone(), port, &msi).unwrap();
     let guest = Guest { pci, device, msi };
     guest.set_command(BUS_MASTER);
+    // It looks at its queues then.
+    for kick in &guest.pci.kicks {
+        let _ = kick.read();
+    }
+    guest.device.log();
     guest
 }
 
