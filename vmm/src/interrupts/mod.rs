@@ -6,7 +6,8 @@
 //!
 //! A function behind a remapping unit has a [`Remapper`]: what the guest programmed passes through
 //! it whenever a route is made, and again in [`Interrupts::reevaluate`] when the unit's cache is
-//! invalidated. The irqfd stays connected throughout.
+//! invalidated. The irqfd stays connected throughout, but where the remapper blocks the interrupt:
+//! then the eventfd is read by us ([`blocked`]), and each signal is a fault.
 //!
 //! Locks: `state` is held while a [`Remapper`] is asked, so that "done means done" holds for
 //! `reevaluate` whatever other threads do. A remapper takes no lock that is held by a caller of
@@ -14,29 +15,27 @@
 
 #![forbid(unsafe_code)]
 
+mod blocked;
+pub mod controller;
 pub mod remapping;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use devices::interrupt::{MsiSource, MsiVector};
 use devices::legacy::IoapicSink;
 use devices::pci::root::IoEventRegistry;
 use devices::pci::{IoEvent, Space};
-use kvm_bindings::{
-    KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_msi, kvm_msi,
-};
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use viommu::Rid;
 use viommu::interrupt::{MessageSink, Msi, MsiSink};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::blocked::Watch;
+use self::controller::{Controller, Route};
 use crate::kvm::IOAPIC_PINS;
-
-/// KVM's own limit of routes (KVM_MAX_IRQ_ROUTES).
-const MAX_ROUTES: u32 = 4096;
 
 /// Remaps the interrupts of endpoints (VT-d 5.1).
 pub trait Remapper: Send + Sync {
@@ -45,8 +44,18 @@ pub trait Remapper: Send + Sync {
     /// of [`Interrupts::reevaluate`] may hold.
     fn remap(&self, rid: Rid, msi: Msi) -> Option<Msi>;
 
-    /// `rid` has sent `msi` and it was blocked: tells the guest.
-    fn report(&self, rid: Rid, msi: Msi);
+    /// The same when `rid` sends `msi`: if it is blocked, the guest is told.
+    fn send(&self, rid: Rid, msi: Msi) -> Option<Msi>;
+
+    /// The entry of the remapper's table that `msi` goes by, if it does by one.
+    fn entry(&self, _msi: Msi) -> Option<u32> {
+        None
+    }
+}
+
+/// What tells remappers apart: where they are, since a line keeps its remapper.
+fn key(remapper: &dyn Remapper) -> usize {
+    std::ptr::from_ref(remapper).addr()
 }
 
 /// Where one GSI should lead and does.
@@ -55,9 +64,21 @@ struct Line {
     remapper: Option<Arc<dyn Remapper>>,
     /// What the guest programmed.
     wanted: Option<Msi>,
-    /// Whose signals KVM delivers, while it does; pins have none.
+    /// What signals it; pins have none.
     irqfd: Option<Arc<EventFd>>,
-    connected: bool,
+    /// Who has the signals of `irqfd`.
+    reader: Reader,
+}
+
+/// Who has the signals of an eventfd.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Reader {
+    /// They stay in it.
+    Nobody,
+    /// KVM delivers them.
+    Kernel,
+    /// They are blocked, and become faults.
+    Watch,
 }
 
 impl Line {
@@ -68,32 +89,101 @@ impl Line {
             None => Some(wanted),
         }
     }
+
+    /// Where it is in [`State::by_entry`], while it is.
+    fn place(&self, gsi: u32) -> Option<Place> {
+        let (remapper, wanted) = (self.remapper.as_ref()?, self.wanted?);
+        Some((key(&**remapper), remapper.entry(wanted), gsi))
+    }
 }
+
+/// A remapper, the entry of its table and a GSI.
+type Place = (usize, Option<u32>, u32);
 
 #[derive(Default)]
 struct State {
     lines: BTreeMap<u32, Line>,
-    /// What KVM was told last.
-    routes: BTreeMap<u32, Msi>,
+    /// Lines that are remapped, so that an invalidation finds those that it touches without a
+    /// look at the others.
+    by_entry: BTreeSet<Place>,
+    /// What the kernel was told last.
+    routes: Routes,
+    watch: Option<Watch>,
+}
+
+impl State {
+    /// Changes a line and where it is found.
+    fn change(&mut self, gsi: u32, change: impl FnOnce(&mut Line)) {
+        let Some(line) = self.lines.get_mut(&gsi) else {
+            return;
+        };
+        let before = line.place(gsi);
+        change(line);
+        let after = line.place(gsi);
+        if before != after {
+            before.map(|place| self.by_entry.remove(&place));
+            after.map(|place| self.by_entry.insert(place));
+        }
+    }
+}
+
+/// Routes as the kernel takes them: a change is made in place.
+#[derive(Default)]
+struct Routes {
+    list: Vec<Route>,
+    at: HashMap<u32, usize>,
+}
+
+impl Routes {
+    fn has(&self, gsi: u32) -> bool {
+        self.at.contains_key(&gsi)
+    }
+
+    /// Returns whether that is a change.
+    fn put(&mut self, gsi: u32, msi: Msi) -> bool {
+        let route = Route { gsi, msi };
+        match self.at.get(&gsi).and_then(|&at| self.list.get_mut(at)) {
+            Some(old) => std::mem::replace(old, route) != route,
+            None => {
+                self.at.insert(gsi, self.list.len());
+                self.list.push(route);
+                true
+            }
+        }
+    }
+
+    /// Returns whether there was one.
+    fn remove(&mut self, gsi: u32) -> bool {
+        let Some(at) = self.at.remove(&gsi) else {
+            return false;
+        };
+        self.list.swap_remove(at);
+        if let Some(moved) = self.list.get(at) {
+            self.at.insert(moved.gsi, at);
+        }
+        true
+    }
 }
 
 /// The interrupt routes of a VM.
 pub struct Interrupts {
-    vm: Arc<VmFd>,
+    vm: Arc<dyn Controller>,
+    this: Weak<Self>,
     state: Mutex<State>,
 }
 
 impl fmt::Debug for Interrupts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map().entries(&self.state().routes).finish()
+        f.debug_list().entries(&self.state().routes.list).finish()
     }
 }
 
 impl Interrupts {
     /// The routes of `vm`, of which there are none.
-    pub fn new(vm: Arc<VmFd>) -> Arc<Self> {
-        Arc::new(Self {
+    pub fn new(vm: Arc<dyn Controller>) -> Arc<Self> {
+        Arc::new_cyclic(|this| Self {
             vm,
+            this: this.clone(),
             state: Mutex::default(),
         })
     }
@@ -127,9 +217,11 @@ impl Interrupts {
     pub fn remap_pins(&self, rid: Rid, remapper: &Arc<dyn Remapper>) {
         let mut state = self.state();
         for pin in 0..IOAPIC_PINS {
-            let line = state.lines.entry(pin).or_insert_with(pin_line);
-            line.rid = rid;
-            line.remapper = Some(remapper.clone());
+            state.lines.entry(pin).or_insert_with(pin_line);
+            state.change(pin, |line| {
+                line.rid = rid;
+                line.remapper = Some(remapper.clone());
+            });
         }
     }
 
@@ -144,97 +236,153 @@ impl Interrupts {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let mut state = self.state();
-        state.lines.entry(gsi).or_insert_with(pin_line).wanted = msi;
+        state.lines.entry(gsi).or_insert_with(pin_line);
+        state.change(gsi, |line| line.wanted = msi);
         self.commit(&mut state, &[gsi])
     }
 
     /// Delivers one interrupt of `pin` as its route says.
     pub fn pulse_pin(&self, pin: u8) {
-        let (state, gsi) = (self.state(), u32::from(pin));
+        let (mut state, gsi) = (self.state(), u32::from(pin));
         let Some(line) = state.lines.get(&gsi).filter(|_| gsi < IOAPIC_PINS) else {
             return;
         };
-        if state.routes.contains_key(&gsi) {
-            // Refused only where the message names no APIC: hardware would lose it, too.
-            let _ = self.vm.set_irq_line(gsi, true);
-        } else if let (Some(remapper), Some(msi)) = (&line.remapper, line.wanted) {
-            remapper.report(line.rid, msi);
+        if !state.routes.has(gsi) {
+            // Blocked when the route was made. It may pass now: what is not present is not cached.
+            let sent = match (&line.remapper, line.wanted) {
+                (Some(remapper), Some(msi)) => remapper.send(line.rid, msi),
+                _ => None,
+            };
+            if sent.is_none() || self.commit(&mut state, &[gsi]).is_err() {
+                return;
+            }
         }
+        self.vm.pulse(gsi);
     }
 
-    /// Asks the remappers again about every line that `which` picks by its source and by what the
-    /// guest programmed; when this returns, none of them takes an old route. One update of KVM's
-    /// table for all of them.
+    /// Asks `remapper` again about its lines: about all of them, or those that go by `entries`.
+    /// When this returns, none of them takes an old route. One update of the kernel's table for all
+    /// of them, and none when nothing has changed.
     ///
     /// # Errors
     /// The host refused; the lines concerned are disconnected then.
-    pub fn reevaluate(&self, which: &dyn Fn(Rid, Msi) -> bool) -> io::Result<()> {
+    pub fn reevaluate(
+        &self,
+        remapper: &dyn Remapper,
+        entries: Option<RangeInclusive<u32>>,
+    ) -> io::Result<()> {
+        let key = key(remapper);
+        let (first, last) = match entries {
+            None => (None, Some(u32::MAX)),
+            Some(entries) if entries.is_empty() => return Ok(()),
+            Some(entries) => (Some(*entries.start()), Some(*entries.end())),
+        };
         let mut state = self.state();
-        let gsis: Vec<u32> = state
-            .lines
-            .iter()
-            .filter(|(_, line)| {
-                line.remapper.is_some() && line.wanted.is_some_and(|msi| which(line.rid, msi))
-            })
-            .map(|(gsi, _)| *gsi)
-            .collect();
+        let touched = state
+            .by_entry
+            .range((key, first, 0)..=(key, last, u32::MAX));
+        let gsis: Vec<u32> = touched.map(|(_, _, gsi)| *gsi).collect();
         self.commit(&mut state, &gsis)
     }
 
-    /// Makes KVM's table and irqfds true for `gsis`.
+    /// Makes the kernel's table and the readers of the eventfds true for `gsis`.
     fn commit(&self, state: &mut State, gsis: &[u32]) -> io::Result<()> {
         let mut changed = false;
-        for gsi in gsis {
-            let target = state.lines.get(gsi).and_then(Line::target);
-            match target {
-                Some(msi) => changed |= state.routes.insert(*gsi, msi) != Some(msi),
+        for &gsi in gsis {
+            match state.lines.get(&gsi).and_then(Line::target) {
+                Some(msi) => changed |= state.routes.put(gsi, msi),
                 None => {
-                    if let Some(line) = state.lines.get_mut(gsi) {
-                        self.disconnect(*gsi, line);
-                    }
-                    changed |= state.routes.remove(gsi).is_some();
+                    let blocked = state.lines.get(&gsi).is_some_and(|l| l.wanted.is_some());
+                    let reader = match blocked {
+                        true => Reader::Watch,
+                        false => Reader::Nobody,
+                    };
+                    self.read_by(state, gsi, reader)?;
+                    changed |= state.routes.remove(gsi);
                 }
             }
         }
-        if changed && let Err(why) = self.set_routes(&state.routes) {
-            for gsi in gsis {
+        if changed && let Err(why) = self.vm.set_routes(&state.routes.list) {
+            for &gsi in gsis {
                 state.routes.remove(gsi);
-                if let Some(line) = state.lines.get_mut(gsi) {
-                    self.disconnect(*gsi, line);
-                }
+                // The first error is the one to tell.
+                let _ = self.read_by(state, gsi, Reader::Nobody);
             }
             return Err(why);
         }
-        for gsi in gsis.iter().filter(|gsi| state.routes.contains_key(gsi)) {
-            if let Some(line) = state.lines.get_mut(gsi)
-                && !line.connected
-                && let Some(irqfd) = &line.irqfd
-            {
-                self.vm.register_irqfd(irqfd, *gsi)?;
-                line.connected = true;
+        for &gsi in gsis {
+            if state.routes.has(gsi) {
+                self.read_by(state, gsi, Reader::Kernel)?;
             }
         }
         Ok(())
     }
 
-    fn disconnect(&self, gsi: u32, line: &mut Line) {
-        if line.connected
-            && let Some(irqfd) = &line.irqfd
-        {
-            if let Err(why) = self.vm.unregister_irqfd(irqfd, gsi) {
-                log::error!("KVM_IRQFD does not let go of GSI {gsi}: {why}");
+    /// Gives the signals of a line to `reader`.
+    fn read_by(&self, state: &mut State, gsi: u32, reader: Reader) -> io::Result<()> {
+        let Some(line) = state.lines.get_mut(&gsi) else {
+            return Ok(());
+        };
+        let Some(irqfd) = line.irqfd.clone().filter(|_| line.reader != reader) else {
+            return Ok(());
+        };
+        let before = std::mem::replace(&mut line.reader, Reader::Nobody);
+        match before {
+            Reader::Nobody => {}
+            Reader::Kernel => {
+                if let Err(why) = self.vm.disconnect(&irqfd, gsi) {
+                    log::error!("KVM_IRQFD does not let go of GSI {gsi}: {why}");
+                }
             }
-            line.connected = false;
+            Reader::Watch => {
+                if let Some(Err(why)) = state.watch.as_ref().map(|w| w.remove(&irqfd, gsi)) {
+                    log::error!("GSI {gsi} is waited for in vain: {why}");
+                }
+                // What the thread has not read yet: a fault, or delivered if it passes by now.
+                if irqfd.read().is_ok()
+                    && let (Some(remapper), Some(msi)) = (&line.remapper, line.wanted)
+                    && let Some(msi) = remapper.send(line.rid, msi)
+                {
+                    self.vm.signal(msi);
+                }
+            }
         }
+        match reader {
+            Reader::Nobody => {}
+            Reader::Kernel => self.vm.connect(&irqfd, gsi)?,
+            Reader::Watch => {
+                if state.watch.is_none() {
+                    state.watch = Some(Watch::start(self.this.clone())?);
+                }
+                if let Some(watch) = &state.watch {
+                    watch.add(&irqfd, gsi)?;
+                }
+            }
+        }
+        line.reader = reader;
+        Ok(())
     }
 
-    fn set_routes(&self, routes: &BTreeMap<u32, Msi>) -> io::Result<()> {
-        let entries: Vec<kvm_irq_routing_entry> = routes
-            .iter()
-            .map(|(gsi, msi)| route_entry(*gsi, *msi))
-            .collect();
-        let table = KvmIrqRouting::from_entries(&entries).map_err(io::Error::other)?;
-        Ok(self.vm.set_gsi_routing(&table)?)
+    /// A signal of a line whose interrupts are blocked.
+    fn blocked_signal(&self, gsi: u32) {
+        let mut state = self.state();
+        let Some(line) = state.lines.get(&gsi) else {
+            return;
+        };
+        // It may be the kernel's again since the thread was woken.
+        let Some(irqfd) = line.irqfd.as_ref().filter(|_| line.reader == Reader::Watch) else {
+            return;
+        };
+        let (Ok(_), Some(remapper), Some(msi)) = (irqfd.read(), &line.remapper, line.wanted) else {
+            return;
+        };
+        // It may pass now, since what is not present is not cached.
+        if let Some(msi) = remapper.send(line.rid, msi) {
+            self.vm.signal(msi);
+            if let Err(why) = self.commit(&mut state, &[gsi]) {
+                log::error!("interrupt route {gsi} is lost: {why}");
+            }
+        }
     }
 
     fn add(
@@ -244,12 +392,11 @@ impl Interrupts {
         irqfd: Arc<EventFd>,
     ) -> io::Result<u32> {
         let mut state = self.state();
-        let gsi = (IOAPIC_PINS..MAX_ROUTES)
+        let limit = self.vm.limit();
+        let gsi = (IOAPIC_PINS..limit)
             .find(|gsi| !state.lines.contains_key(gsi))
             .ok_or_else(|| {
-                io::Error::other(format!(
-                    "all {MAX_ROUTES} interrupt routes of the VM are taken"
-                ))
+                io::Error::other(format!("all {limit} interrupt routes of the VM are taken"))
             })?;
         state.lines.insert(
             gsi,
@@ -258,7 +405,7 @@ impl Interrupts {
                 remapper,
                 wanted: None,
                 irqfd: Some(irqfd),
-                connected: false,
+                reader: Reader::Nobody,
             },
         );
         Ok(gsi)
@@ -266,11 +413,12 @@ impl Interrupts {
 
     fn remove(&self, gsi: u32) {
         let mut state = self.state();
-        if let Some(mut line) = state.lines.remove(&gsi) {
-            self.disconnect(gsi, &mut line);
-        }
+        state.change(gsi, |line| line.wanted = None);
+        // Nobody reads cannot fail.
+        let _ = self.read_by(&mut state, gsi, Reader::Nobody);
+        state.lines.remove(&gsi);
         // KVM's table may keep the entry until the next change: without an irqfd it does nothing.
-        state.routes.remove(&gsi);
+        state.routes.remove(gsi);
     }
 }
 
@@ -280,36 +428,13 @@ fn pin_line() -> Line {
         remapper: None,
         wanted: None,
         irqfd: None,
-        connected: false,
+        reader: Reader::Nobody,
     }
-}
-
-/// `msi` as KVM takes it with 32-bit APIC IDs: destination bits 31:8 in the high half.
-fn route_entry(gsi: u32, msi: Msi) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry {
-        gsi,
-        type_: KVM_IRQ_ROUTING_MSI,
-        ..Default::default()
-    };
-    entry.u.msi = kvm_irq_routing_msi {
-        address_lo: msi.address as u32,
-        address_hi: (msi.address >> 32) as u32,
-        data: msi.data,
-        ..Default::default()
-    };
-    entry
 }
 
 impl MsiSink for Interrupts {
     fn send(&self, msi: Msi) {
-        let message = kvm_msi {
-            address_lo: msi.address as u32,
-            address_hi: (msi.address >> 32) as u32,
-            data: msi.data,
-            ..Default::default()
-        };
-        // Refused only where the message names no APIC: hardware would lose it, too.
-        let _ = self.vm.signal_msi(message);
+        self.vm.signal(msi);
     }
 }
 
@@ -327,27 +452,13 @@ impl IoapicSink for Interrupts {
 
 impl IoEventRegistry for Interrupts {
     fn add(&self, space: Space, address: u64, event: &IoEvent) -> io::Result<()> {
-        let address = io_event_address(space, address);
-        Ok(self
-            .vm
-            .register_ioevent(&event.eventfd, &address, NoDatamatch)?)
+        self.vm.doorbell(true, space, address, &event.eventfd)
     }
 
     fn remove(&self, space: Space, address: u64, event: &IoEvent) {
-        let address = io_event_address(space, address);
-        if let Err(why) = self
-            .vm
-            .unregister_ioevent(&event.eventfd, &address, NoDatamatch)
-        {
+        if let Err(why) = self.vm.doorbell(false, space, address, &event.eventfd) {
             log::error!("KVM_IOEVENTFD does not let go of a doorbell: {why}");
         }
-    }
-}
-
-fn io_event_address(space: Space, address: u64) -> IoEventAddress {
-    match space {
-        Space::Mmio => IoEventAddress::Mmio(address),
-        Space::Pio => IoEventAddress::Pio(address),
     }
 }
 
@@ -361,9 +472,8 @@ impl MessageSink for Messages {
         let Some(remapper) = &self.remapper else {
             return self.interrupts.send(msi);
         };
-        match remapper.remap(endpoint, msi) {
-            Some(remapped) => self.interrupts.send(remapped),
-            None => remapper.report(endpoint, msi),
+        if let Some(remapped) = remapper.send(endpoint, msi) {
+            self.interrupts.send(remapped);
         }
     }
 }
@@ -401,9 +511,7 @@ impl MsiVector for Vector {
 
     fn route(&self, msi: Option<Msi>) -> io::Result<()> {
         let mut state = self.interrupts.state();
-        if let Some(line) = state.lines.get_mut(&self.gsi) {
-            line.wanted = msi;
-        }
+        state.change(self.gsi, |line| line.wanted = msi);
         self.interrupts.commit(&mut state, &[self.gsi])
     }
 }

@@ -5,8 +5,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
 
+use serde::Serialize;
 use viommu::interrupt::Msi;
 use viommu::spec::vtd::fault::FaultReason;
 use viommu::spec::vtd::irte::{IRTE_SIZE, IrteHigh, IrteLow, RemappableAddress};
@@ -128,6 +131,23 @@ pub struct RemappingUnit {
     /// Where blocked requests are recorded; set once the unit exists.
     unit: OnceLock<Weak<Unit>>,
     current: RwLock<Remapping>,
+    blocked: AtomicU64,
+    invalidations: AtomicU64,
+}
+
+/// The live state of a unit's remapping.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct RemappingState {
+    /// Whether interrupts are remapped.
+    pub enabled: bool,
+    /// Extended interrupt mode: destinations have 32 bits.
+    pub extended: bool,
+    /// Whether interrupts in compatibility format pass.
+    pub compatibility: bool,
+    /// Invalidations of the entry cache.
+    pub invalidations: u64,
+    /// Interrupts that were sent and blocked.
+    pub blocked: u64,
 }
 
 impl RemappingUnit {
@@ -138,6 +158,8 @@ impl RemappingUnit {
             interrupts: Arc::downgrade(interrupts),
             unit: OnceLock::new(),
             current: RwLock::default(),
+            blocked: AtomicU64::new(0),
+            invalidations: AtomicU64::new(0),
         })
     }
 
@@ -156,9 +178,22 @@ impl RemappingUnit {
         remap(current, entry, rid, msi)
     }
 
-    fn reevaluate(&self, which: &dyn Fn(Rid, Msi) -> bool) {
+    /// What the guest set, and what came of it.
+    pub fn state(&self) -> RemappingState {
+        let current = *self.current.read().unwrap_or_else(PoisonError::into_inner);
+        let table = current.table;
+        RemappingState {
+            enabled: table.is_some(),
+            extended: table.is_some_and(|table| table.extended),
+            compatibility: current.compatibility,
+            invalidations: self.invalidations.load(Ordering::Relaxed),
+            blocked: self.blocked.load(Ordering::Relaxed),
+        }
+    }
+
+    fn reevaluate(&self, entries: Option<RangeInclusive<u32>>) {
         if let Some(interrupts) = self.interrupts.upgrade()
-            && let Err(why) = interrupts.reevaluate(which)
+            && let Err(why) = interrupts.reevaluate(self, entries)
         {
             log::error!("interrupt routes were lost when a table was invalidated: {why}");
         }
@@ -170,30 +205,35 @@ impl Remapper for RemappingUnit {
         self.decide(rid, msi).ok()
     }
 
-    fn report(&self, rid: Rid, msi: Msi) {
-        if let Err(blocked) = self.decide(rid, msi)
-            && let Some(unit) = self.unit.get().and_then(Weak::upgrade)
-        {
-            unit.interrupt_fault(rid, blocked.index, blocked.reason, blocked.fpd);
+    fn send(&self, rid: Rid, msi: Msi) -> Option<Msi> {
+        let decided = self.decide(rid, msi);
+        if let Err(blocked) = decided {
+            self.blocked.fetch_add(1, Ordering::Relaxed);
+            if let Some(unit) = self.unit.get().and_then(Weak::upgrade) {
+                unit.interrupt_fault(rid, blocked.index, blocked.reason, blocked.fpd);
+            }
         }
+        decided.ok()
+    }
+
+    fn entry(&self, msi: Msi) -> Option<u32> {
+        let address = RemappableAddress::from_bits(msi.address as u32);
+        address.remappable().then(|| index(msi))
     }
 }
 
 impl InterruptRemapper for RemappingUnit {
     fn update(&self, remapping: Remapping) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = remapping;
-        self.reevaluate(&|_, _| true);
+        self.reevaluate(None);
     }
 
     fn invalidate(&self, entries: Option<(u16, u32)>) {
-        match entries {
-            None => self.reevaluate(&|_, _| true),
-            Some((first, count)) => {
-                let first = u32::from(first);
-                let named = first..first.saturating_add(count);
-                self.reevaluate(&|_, msi| named.contains(&index(msi)));
-            }
-        }
+        self.invalidations.fetch_add(1, Ordering::Relaxed);
+        self.reevaluate(entries.map(|(first, count)| {
+            let first = u32::from(first);
+            first..=first + (count.max(1) - 1)
+        }));
     }
 }
 
@@ -382,6 +422,54 @@ mod tests {
         assert!(through(entry(), high(1), request(0)).is_ok());
         let buses = IrteHigh::new().with_svt(2).with_sid(0x0003);
         assert!(through(entry(), buses, request(0)).is_ok());
+    }
+
+    /// Every APIC ID of 32 bits can be named in extended interrupt mode, in physical and in
+    /// logical mode (where bits 31:16 are the cluster), and arrives in the message as KVM takes it:
+    /// bits 7:0 in the low half, 31:8 in the high one.
+    #[test]
+    fn more_than_255_apics_can_be_addressed_with_extended_interrupt_mode() {
+        for destination in (0..1 << 12).chain([0xffff, 0x1_0001, 0x00ff_ff00, u32::MAX]) {
+            for logical in [false, true] {
+                let low = entry().with_dst(destination).with_dm(logical);
+                let got = remap(on(true), |_| Some((low, IrteHigh::new())), RID, request(1));
+                let Msi { address, data } = got.unwrap();
+                let named = (address >> 32) as u32 | (address >> 12) as u32 & 0xff;
+                assert_eq!((named, data), (destination, 0x41));
+                assert_eq!(address >> 2 & 1 == 1, logical);
+            }
+        }
+    }
+
+    /// Without it there are 8 bits, wherever else the guest wrote some.
+    #[test]
+    fn without_extended_interrupt_mode_a_destination_has_8_bits() {
+        for destination in [0u32, 0xfe00, 0xff00, 0xffff_ffff, 0x0001_0000] {
+            let low = entry().with_dst(destination);
+            let got = through(low, IrteHigh::new(), request(1)).unwrap();
+            assert_eq!(got.address >> 32, 0);
+            assert_eq!(got.address >> 12 & 0xff, u64::from(destination >> 8 & 0xff));
+        }
+    }
+
+    /// Delivery modes, the redirection hint and the destination mode go through unchanged: it is
+    /// the APICs that choose among several destinations.
+    #[test]
+    fn delivery_mode_destination_mode_and_redirection_hint_reach_the_apics() {
+        for (mode, hint, logical) in [
+            (0, false, false), // fixed, physical
+            (0, true, true),   // fixed to one of a logical set
+            (1, true, true),   // lowest priority
+            (4, false, false), // NMI
+        ] {
+            let low = entry().with_dlm(mode).with_rh(hint).with_dm(logical);
+            let got = through(low, IrteHigh::new(), request(1)).unwrap();
+            assert_eq!(got.data >> 8 & 7, u32::from(mode));
+            assert_eq!(
+                (got.address >> 3 & 1 == 1, got.address >> 2 & 1 == 1),
+                (hint, logical)
+            );
+        }
     }
 
     proptest! {

@@ -26,7 +26,7 @@ use viommu::{GuestRam, Rid};
 
 use super::pasids::VmPasids;
 use crate::config::{Behind, PlatformConfig, UnitMode, ViommuConfig, ViommuKind};
-use crate::interrupts::remapping::RemappingUnit;
+use crate::interrupts::remapping::{RemappingState, RemappingUnit};
 use crate::interrupts::{Interrupts, Remapper};
 use crate::kvm::cpuid::Paging;
 use crate::memory::layout::{Layout, VTD_UNITS};
@@ -127,7 +127,13 @@ pub(super) enum FrontEnd {
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum ViommuState {
     /// A VT-d unit's.
-    Vtd(UnitState),
+    Vtd {
+        /// What it holds.
+        #[serde(flatten)]
+        unit: UnitState,
+        /// Its interrupt remapping, where it is offered.
+        interrupt_remapping: Option<RemappingState>,
+    },
     /// A virtio-iommu's.
     Virtio {
         /// Its name.
@@ -455,7 +461,12 @@ impl FrontEnd {
 
     fn state(&self) -> ViommuState {
         match self {
-            Self::Vtd { unit, .. } => ViommuState::Vtd(unit.state()),
+            Self::Vtd {
+                unit, remapping, ..
+            } => ViommuState::Vtd {
+                unit: unit.state(),
+                interrupt_remapping: remapping.as_ref().map(|remapping| remapping.state()),
+            },
             Self::Virtio { id, unit, .. } => ViommuState::Virtio {
                 id: id.clone(),
                 snapshot: unit.snapshot(),
