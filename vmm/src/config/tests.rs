@@ -129,7 +129,6 @@ fn a_configuration_that_makes_no_sense_is_refused() {
             "multiple of 4",
         ),
         (vec![("device", "path=/a,dma-width=11")], "12 to 64"),
-        (vec![("device", "path=/a,pasid=maybe")], "auto|on|off"),
         (vec![("device", "path=/a,viommu=x")], "names no vIOMMU"),
         (
             vec![("device", "path=/a,id=x"), ("disk", "path=b,id=x")],
