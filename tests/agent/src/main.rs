@@ -3,7 +3,8 @@
 //!
 //! The console stays the kernel's: the agent writes a few markers there and nothing else. From the
 //! kernel's command line it takes `agent.run=COMMAND` (a shell command with `,` for each space,
-//! run instead of waiting when there is no channel, and before it otherwise).
+//! run instead of waiting when there is no channel, and before it otherwise) and
+//! `agent.modprobe=NAME` (a module to load before all others).
 //!
 //! In a machine that runs, `/init kexec KERNEL INITRAMFS WORDS…` starts another kernel.
 
@@ -25,6 +26,8 @@ use agent::{
 
 /// How long the channel's device may take to appear.
 const CHANNEL_LIMIT: Duration = Duration::from_secs(20);
+/// How long a module may take to load.
+const MODPROBE_LIMIT: Duration = Duration::from_secs(20);
 /// Where the initramfs lists the modules to load, one path a line, dependencies first.
 const MODULES: &str = "/lib/modules/load";
 
@@ -44,6 +47,13 @@ fn main() {
         }
     }
     prepare();
+    if let Some(module) = from_command_line("agent.modprobe") {
+        let (status, _, why) = run(&format!("modprobe {module}"), MODPROBE_LIMIT);
+        if status != 0 {
+            let why = String::from_utf8_lossy(&why).into_owned();
+            say(&format!("agent: modprobe {module}: status {status} {why}"));
+        }
+    }
     load_modules();
     say(READY);
     if let Some(command) = from_command_line("agent.run") {

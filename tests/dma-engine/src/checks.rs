@@ -172,6 +172,124 @@ fn interrupts(group: &Group, bar: &dyn Registers) -> Result<()> {
     Ok(())
 }
 
+/// Two functions in one address space of VFIO's, and one of them in its own again.
+///
+/// # Errors
+/// What does not hold.
+pub fn together(one: &str, two: &str) -> Result<()> {
+    const MARK: u64 = 0x0101_0101_0101_0101;
+    let first = Group::open(one)?;
+    let memory = Memory::new(1 << 20, None)?;
+    first.map(&memory, IOVA, true)?;
+    // What is mapped already is there for one that comes later.
+    let second = first.beside(two)?;
+    let bars = [first.device.enable()?, second.device.enable()?];
+    let half = memory.len() / 2;
+    for (n, bar) in (0u64..).zip(&bars) {
+        identify(bar)?;
+        Channel::new(bar, 0)
+            .fill(PLAIN, (n + 1) * MARK, IOVA + n * half, half)?
+            .expect_done("a fill")?;
+    }
+    memory.check("memory of both", |at| (at as u64 / half) as u8 + 1)?;
+    let sum = Channel::new(&bars[1], 0)
+        .checksum(PLAIN, IOVA, 64)?
+        .expect_done("a read of what the other wrote")?;
+    ensure!(sum.result == checksum([1; 64]), "the sum differs: {sum:x?}");
+    holds("two functions share one address space");
+
+    let [bar, other] = bars;
+    drop((other, second));
+    Channel::new(&bar, 0)
+        .checksum(PLAIN, IOVA, 64)?
+        .expect_done("a read by the one that stayed")?;
+    let alone = Group::open(two)?;
+    let own = Memory::new(1 << 16, None)?;
+    alone.map(&own, IOVA + memory.len(), true)?;
+    let other = alone.device.enable()?;
+    Channel::new(&other, 0)
+        .fill(PLAIN, 3 * MARK, IOVA + memory.len(), own.len())?
+        .expect_done("a fill of its own memory")?;
+    own.check("memory of one", |_| 3)?;
+    Channel::new(&other, 0)
+        .fill(PLAIN, 3 * MARK, IOVA, 64)?
+        .expect_failure(Reason::Fault, IOVA, "a write to the other's memory")?;
+    holds("one that left sees nothing of what the others have");
+
+    drop((other, alone));
+    let back = first.beside(two)?;
+    let other = back.device.enable()?;
+    Channel::new(&other, 0)
+        .checksum(PLAIN, IOVA, 64)?
+        .expect_done("a read by the one that came back")?;
+    first.unmap(IOVA, memory.len())?;
+    for bar in [&bar, &other] {
+        Channel::new(bar, 0)
+            .checksum(PLAIN, IOVA, 64)?
+            .expect_failure(Reason::Fault, IOVA, "a read after an unmap")?;
+    }
+    holds("one that came back has what there is, and an unmap counts for both");
+    Ok(())
+}
+
+/// The device moves between address spaces of iommufd's.
+///
+/// # Errors
+/// What does not hold.
+pub fn cdev(address: &str) -> Result<()> {
+    const MARK: u64 = 0x0101_0101_0101_0101;
+    let cdev = Cdev::open(address)?;
+    let mut spaces = Vec::new();
+    for _ in 0..2 {
+        let (space, memory) = (cdev.space()?, Memory::new(1 << 20, None)?);
+        cdev.map(space, &memory, IOVA)?;
+        spaces.push((space, memory));
+    }
+    let (one, two) = (&spaces[0], &spaces[1]);
+    cdev.attach(one.0, None)?;
+    let bar = cdev.device.enable()?;
+    identify(&bar)?;
+    let channel = Channel::new(&bar, 0);
+    for (n, (space, memory)) in (1u64..).zip(&spaces) {
+        // The second takes the place of the first, with no detach between.
+        cdev.attach(*space, None)?;
+        channel
+            .fill(PLAIN, n * MARK, IOVA, memory.len())?
+            .expect_done("a fill")?;
+    }
+    one.1.check("the first address space", |_| 1)?;
+    two.1.check("the second address space", |_| 2)?;
+    cdev.attach(one.0, None)?;
+    let sum = channel
+        .checksum(PLAIN, IOVA, 64)?
+        .expect_done("a read in the first address space")?;
+    ensure!(sum.result == checksum([1; 64]), "the sum differs: {sum:x?}");
+    holds("an attach takes the place of the one before, and back");
+
+    channel.set_pattern(u64::MAX);
+    channel.start(Operation::Fill, PLAIN, 0, IOVA, one.1.len());
+    cdev.unmap(one.0, IOVA, one.1.len())?;
+    one.1.fill_with(|_| 0xa5);
+    channel.end()?;
+    one.1.check("memory after its unmap", |_| 0xa5)?;
+    holds("nothing is written after an unmap returned");
+
+    cdev.attach(two.0, None)?;
+    cdev.detach(None)?;
+    channel.checksum(PLAIN, IOVA, 64)?.expect_failure(
+        Reason::Fault,
+        IOVA,
+        "a read when detached",
+    )?;
+    cdev.attach(two.0, None)?;
+    let sum = channel
+        .checksum(PLAIN, IOVA, 64)?
+        .expect_done("a read when attached again")?;
+    ensure!(sum.result == checksum([2; 64]), "the sum differs: {sum:x?}");
+    holds("a detached function reaches nothing, and one attached again what there is");
+    Ok(())
+}
+
 /// The device with several address spaces at once, through iommufd.
 ///
 /// # Errors
@@ -182,7 +300,7 @@ pub fn pasid(address: &str) -> Result<()> {
     let cdev = Cdev::open(address)?;
     let mut spaces = Vec::new();
     for pasid in PASIDS {
-        let (space, memory) = (cdev.space()?, Memory::new(1 << 20, None)?);
+        let (space, memory) = (cdev.space_for_pasids()?, Memory::new(1 << 20, None)?);
         cdev.map(space, &memory, IOVA)?;
         cdev.attach(space, pasid)
             .with_context(|| format!("PASID {pasid:?}"))?;
@@ -218,7 +336,7 @@ pub fn pasid(address: &str) -> Result<()> {
     memory.check("memory after its unmap", |_| 0xa5)?;
     holds("nothing is written to a PASID's memory after its unmap");
 
-    cdev.detach(2)?;
+    cdev.detach(Some(2))?;
     let gone = channel.checksum(how(Some(2)), IOVA, 64)?;
     gone.expect_failure(Reason::Fault, IOVA, "a detached PASID")?;
     let sum = channel

@@ -22,6 +22,8 @@ fn run(words: &[&str]) -> Result<()> {
     match words {
         ["blocked", address] => checks::blocked(address),
         ["vfio", address] => checks::vfio(address),
+        ["together", one, two] => checks::together(one, two),
+        ["cdev", address] => checks::cdev(address),
         ["pasid", address] => checks::pasid(address),
         ["sva", address] => checks::sva(address, 1),
         ["sva", address, processes] => {
@@ -37,6 +39,9 @@ fn run(words: &[&str]) -> Result<()> {
         ["unmap", address] => checks::unmap(address),
         ["reuse", address] => checks::reuse(address),
         ["hold", address] => checks::hold(address),
-        _ => bail!("usage: dma-engine blocked|vfio|pasid|sva|unmap|reuse|hold ADDRESS [PROCESSES]"),
+        _ => bail!(
+            "usage: dma-engine blocked|vfio|together|cdev|pasid|sva|unmap|reuse|hold ADDRESS \
+             [ADDRESS|PROCESSES]"
+        ),
     }
 }

@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use iommufd_bindings as iommufd;
@@ -149,27 +150,39 @@ impl Event {
     }
 }
 
-/// A device by its group, with an address space of its own.
+/// A device by its group, in an address space (a container) that others may share.
 #[derive(Debug)]
 pub struct Group {
     /// The device.
     pub device: Device,
-    container: File,
+    container: Arc<File>,
     _group: File,
 }
 
 impl Group {
-    /// Gives the function to `vfio-pci` and opens it.
+    /// Gives the function to `vfio-pci` and opens it, with an address space of its own.
     ///
     /// # Errors
     /// What the kernel said.
     pub fn open(address: &str) -> Result<Self> {
+        Self::join(address, Arc::new(open("/dev/vfio/vfio")?), true)
+    }
+
+    /// The same in the address space of `self`, with what is mapped there.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn beside(&self, address: &str) -> Result<Self> {
+        Self::join(address, Arc::clone(&self.container), false)
+    }
+
+    /// `fresh`: the container has no IOMMU yet.
+    fn join(address: &str, container: Arc<File>, fresh: bool) -> Result<Self> {
         let function = Function::at(address)?;
         function.give_to(Some("vfio-pci"))?;
         let group = fs::read_link(function.file("iommu_group"));
         let group = group.context("the function is behind no IOMMU")?;
         let number = group.file_name().context("a group without a number")?;
-        let container = open("/dev/vfio/vfio")?;
         let group = open(&format!("/dev/vfio/{}", number.to_string_lossy()))?;
         let mut fd = container.as_raw_fd();
         // SAFETY: the command reads one descriptor.
@@ -181,9 +194,11 @@ impl Group {
                 &mut fd,
             )
         }?;
-        let kind = std::ptr::without_provenance_mut::<u8>(vfio::VFIO_TYPE1v2_IOMMU as usize);
-        // SAFETY: the command takes a number in the place of a pointer.
-        unsafe { ioctl("VFIO_SET_IOMMU", &container, SET_IOMMU, kind) }?;
+        if fresh {
+            let kind = std::ptr::without_provenance_mut::<u8>(vfio::VFIO_TYPE1v2_IOMMU as usize);
+            // SAFETY: the command takes a number in the place of a pointer.
+            unsafe { ioctl("VFIO_SET_IOMMU", &container, SET_IOMMU, kind) }?;
+        }
         let name = CString::new(address)?;
         let name = name.as_ptr().cast_mut();
         // SAFETY: the command reads a string that ends with a zero.
@@ -267,11 +282,12 @@ pub struct Cdev {
     id: u32,
 }
 
-/// An address space: an IOAS and a page table of it that PASIDs can have.
+/// An address space: an IOAS, and what of it is attached.
 #[derive(Clone, Copy, Debug)]
 pub struct Space {
     ioas: u32,
-    hwpt: u32,
+    /// A page table that PASIDs can have, or the IOAS itself: then the kernel makes the table.
+    table: u32,
 }
 
 impl Cdev {
@@ -313,11 +329,16 @@ impl Cdev {
         })
     }
 
-    /// A new address space.
+    /// A new address space for requests without PASID.
     ///
     /// # Errors
     /// What the kernel said.
     pub fn space(&self) -> Result<Space> {
+        let ioas = self.ioas()?;
+        Ok(Space { ioas, table: ioas })
+    }
+
+    fn ioas(&self) -> Result<u32> {
         let mut ioas = iommufd::iommu_ioas_alloc {
             size: size_of::<iommufd::iommu_ioas_alloc>() as u32,
             ..Default::default()
@@ -331,11 +352,20 @@ impl Cdev {
                 &mut ioas,
             )
         }?;
+        Ok(ioas.out_ioas_id)
+    }
+
+    /// A new address space that PASIDs can have.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn space_for_pasids(&self) -> Result<Space> {
+        let ioas = self.ioas()?;
         let mut hwpt = iommufd::iommu_hwpt_alloc {
             size: size_of::<iommufd::iommu_hwpt_alloc>() as u32,
             flags: iommufd::iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID,
             dev_id: self.id,
-            pt_id: ioas.out_ioas_id,
+            pt_id: ioas,
             ..Default::default()
         };
         // SAFETY: the command takes this structure, whose `size` is right.
@@ -348,8 +378,8 @@ impl Cdev {
             )
         }?;
         Ok(Space {
-            ioas: ioas.out_ioas_id,
-            hwpt: hwpt.out_hwpt_id,
+            ioas,
+            table: hwpt.out_hwpt_id,
         })
     }
 
@@ -362,7 +392,7 @@ impl Cdev {
         let mut attach = vfio::vfio_device_attach_iommufd_pt {
             argsz: size_of::<vfio::vfio_device_attach_iommufd_pt>() as u32,
             flags: pasid.map_or(0, |_| vfio::VFIO_DEVICE_ATTACH_PASID),
-            pt_id: space.hwpt,
+            pt_id: space.table,
             pasid: pasid.unwrap_or(0),
         };
         // SAFETY: the command takes this structure, whose `argsz` is right.
@@ -377,15 +407,15 @@ impl Cdev {
         Ok(())
     }
 
-    /// Detaches what is attached to `pasid`.
+    /// Detaches what is attached to `pasid`, or to requests without any.
     ///
     /// # Errors
     /// What the kernel said.
-    pub fn detach(&self, pasid: u32) -> Result<()> {
+    pub fn detach(&self, pasid: Option<u32>) -> Result<()> {
         let mut detach = vfio::vfio_device_detach_iommufd_pt {
             argsz: size_of::<vfio::vfio_device_detach_iommufd_pt>() as u32,
-            flags: vfio::VFIO_DEVICE_DETACH_PASID,
-            pasid,
+            flags: pasid.map_or(0, |_| vfio::VFIO_DEVICE_DETACH_PASID),
+            pasid: pasid.unwrap_or(0),
         };
         // SAFETY: the command takes this structure, whose `argsz` is right.
         unsafe {

@@ -16,6 +16,7 @@ pub mod passthrough;
 pub mod pci;
 pub mod refuse;
 pub mod soak;
+pub mod virtio_iommu;
 pub mod vtd;
 
 use anyhow::{Context, Result, bail};
@@ -37,6 +38,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("pci", pci::TESTS),
     ("refuse", refuse::TESTS),
     ("soak", soak::TESTS),
+    ("virtio_iommu", virtio_iommu::TESTS),
     ("vtd", vtd::TESTS),
 ];
 

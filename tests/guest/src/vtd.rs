@@ -66,7 +66,7 @@ pub const TESTS: &[Test] = &[
     Test::new("traffic_goes_on_after_a_reboot", reboots),
 ];
 
-const HOST: &str = "192.168.78.1";
+pub(crate) const HOST: &str = "192.168.78.1";
 const GUEST: &str = "192.168.78.2";
 const SLOW: Duration = Duration::from_secs(100);
 
@@ -136,7 +136,7 @@ impl Behind {
 }
 
 /// The devices behind the unit are in groups of this type, each in its own.
-fn groups_are(guest: &mut Machine, expected: &str) -> Result<()> {
+pub(crate) fn groups_are(guest: &mut Machine, expected: &str) -> Result<()> {
     let types = guest.run("cat /sys/kernel/iommu_groups/*/type")?;
     let types: Vec<&str> = types.lines().collect();
     ensure!(
@@ -177,7 +177,7 @@ fn no_faults(units: &Value) -> Result<()> {
 }
 
 /// What the guest writes reaches the image, and is read back.
-fn disk_keeps(guest: &mut Machine, image: &Path) -> Result<()> {
+pub(crate) fn disk_keeps(guest: &mut Machine, image: &Path) -> Result<()> {
     guest.run_within(SLOW, "dd if=/dev/urandom of=/dev/vda bs=1M count=16")?;
     guest.run_within(
         SLOW,
@@ -197,7 +197,7 @@ fn disk_keeps(guest: &mut Machine, image: &Path) -> Result<()> {
     Ok(())
 }
 
-fn network_works(lab: &Lab, guest: &mut Machine, length: u64) -> Result<()> {
+pub(crate) fn network_works(lab: &Lab, guest: &mut Machine, length: u64) -> Result<()> {
     guest.run(&format!(
         "ip addr flush dev eth0; ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up"
     ))?;
@@ -206,7 +206,7 @@ fn network_works(lab: &Lab, guest: &mut Machine, length: u64) -> Result<()> {
 }
 
 /// Takes the drivers of the disk and the card away and gives them back.
-fn rebind(guest: &mut Machine) -> Result<()> {
+pub(crate) fn rebind(guest: &mut Machine) -> Result<()> {
     guest.run(
         "cd /sys/bus/pci/drivers/virtio-pci; \
          for d in $(ls -d /sys/kernel/iommu_groups/*/devices/*); do \
