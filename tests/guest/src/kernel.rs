@@ -39,5 +39,8 @@ fn run(lab: &Lab, program: &str) -> Result<()> {
     let skipped = said.lines().find(|line| line.contains("skipped:"));
     ensure!(skipped.is_none(), "{program}: {skipped:?}");
     show(result[0]);
+    for measured in said.lines().filter(|line| line.starts_with("measured")) {
+        show(measured);
+    }
     Ok(())
 }

@@ -6,6 +6,7 @@
 //! MAPs of one domain become one call, and so do UNMAPs with no mapping left between them.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use super::config::{AddError, Config};
@@ -82,7 +83,13 @@ fn status_of(refused: &Refused) -> Status {
         Refused::NotOffered { .. } => Status::Unsupp,
         Refused::NotMemory { .. } => Status::Fault,
         Refused::Overlap { .. } => Status::Inval,
-        Refused::Host { source, .. } if source.kind() == std::io::ErrorKind::OutOfMemory => {
+        // ENOSPC: the host's IOMMU has no more domains.
+        Refused::Host { source, .. }
+            if matches!(
+                source.kind(),
+                ErrorKind::OutOfMemory | ErrorKind::StorageFull
+            ) =>
+        {
             Status::NoMem
         }
         _ => Status::DevErr,

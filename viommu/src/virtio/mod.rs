@@ -22,6 +22,6 @@ pub use reply::{Chain, Reply};
 #[cfg(test)]
 mod table_tests;
 #[cfg(any(test, feature = "fuzzing"))]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

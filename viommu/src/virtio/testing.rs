@@ -17,37 +17,37 @@ use crate::{DomainId, Iova, Rid, Target};
 
 /// The book. Broken promises of the caller end up in `complaints`.
 #[derive(Default)]
-pub(super) struct Book {
-    pub(super) claimed: BTreeMap<Rid, Arc<dyn EventSink>>,
-    pub(super) in_force: BTreeMap<Rid, Translation>,
-    pub(super) domains: BTreeMap<u32, BTreeMap<u64, Mapping>>,
+pub(crate) struct Book {
+    pub(crate) claimed: BTreeMap<Rid, Arc<dyn EventSink>>,
+    pub(crate) in_force: BTreeMap<Rid, Translation>,
+    pub(crate) domains: BTreeMap<u32, BTreeMap<u64, Mapping>>,
     /// Mappings of each call of `map`.
-    pub(super) map_calls: Vec<usize>,
-    pub(super) unmap_calls: usize,
-    pub(super) responses: Vec<PageResponse>,
+    pub(crate) map_calls: Vec<usize>,
+    pub(crate) unmap_calls: usize,
+    pub(crate) responses: Vec<PageResponse>,
     /// One per call that can be refused, from the front; all further ones succeed.
-    pub(super) refuse: std::collections::VecDeque<bool>,
+    pub(crate) refuse: std::collections::VecDeque<bool>,
     /// How many calls were refused on demand.
-    pub(super) refused: usize,
-    pub(super) complaints: Vec<String>,
+    pub(crate) refused: usize,
+    pub(crate) complaints: Vec<String>,
     next: u32,
 }
 
 /// A back end that keeps a [`Book`].
 #[derive(Default)]
-pub(super) struct Recorder(Mutex<Book>);
+pub(crate) struct Recorder(Mutex<Book>);
 
 impl Recorder {
-    pub(super) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::default()
     }
 
-    pub(super) fn book(&self) -> MutexGuard<'_, Book> {
+    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The mappings in force for an endpoint, when it is in a domain.
-    pub(super) fn mappings_of(&self, endpoint: Rid) -> Option<Vec<Mapping>> {
+    pub(crate) fn mappings_of(&self, endpoint: Rid) -> Option<Vec<Mapping>> {
         let book = self.book();
         match book.in_force.get(&endpoint) {
             Some(Translation::Domain(id)) => {
@@ -58,7 +58,7 @@ impl Recorder {
     }
 
     /// What is in force for an endpoint.
-    pub(super) fn translation_of(&self, endpoint: Rid) -> Translation {
+    pub(crate) fn translation_of(&self, endpoint: Rid) -> Translation {
         self.translation(Target::rid(endpoint))
     }
 }
@@ -250,7 +250,7 @@ fn head(r#type: u8) -> ReqHead {
 }
 
 /// The bytes of an ATTACH.
-pub(super) fn attach(endpoint: u32, domain: u32, flags: u32) -> Vec<u8> {
+pub(crate) fn attach(endpoint: u32, domain: u32, flags: u32) -> Vec<u8> {
     let request = ReqAttach {
         head: head(req_type::ATTACH),
         domain: domain.into(),
@@ -262,7 +262,7 @@ pub(super) fn attach(endpoint: u32, domain: u32, flags: u32) -> Vec<u8> {
 }
 
 /// The bytes of a DETACH.
-pub(super) fn detach(endpoint: u32, domain: u32) -> Vec<u8> {
+pub(crate) fn detach(endpoint: u32, domain: u32) -> Vec<u8> {
     let request = ReqDetach {
         head: head(req_type::DETACH),
         domain: domain.into(),
@@ -273,7 +273,7 @@ pub(super) fn detach(endpoint: u32, domain: u32) -> Vec<u8> {
 }
 
 /// The bytes of a MAP.
-pub(super) fn map(domain: u32, virt: (u64, u64), phys_start: u64, flags: u32) -> Vec<u8> {
+pub(crate) fn map(domain: u32, virt: (u64, u64), phys_start: u64, flags: u32) -> Vec<u8> {
     let request = ReqMap {
         head: head(req_type::MAP),
         domain: domain.into(),
@@ -286,7 +286,7 @@ pub(super) fn map(domain: u32, virt: (u64, u64), phys_start: u64, flags: u32) ->
 }
 
 /// The bytes of an UNMAP.
-pub(super) fn unmap(domain: u32, virt_start: u64, virt_end: u64) -> Vec<u8> {
+pub(crate) fn unmap(domain: u32, virt_start: u64, virt_end: u64) -> Vec<u8> {
     let request = ReqUnmap {
         head: head(req_type::UNMAP),
         domain: domain.into(),
@@ -298,7 +298,7 @@ pub(super) fn unmap(domain: u32, virt_start: u64, virt_end: u64) -> Vec<u8> {
 }
 
 /// The bytes of a PROBE.
-pub(super) fn probe(endpoint: u32) -> Vec<u8> {
+pub(crate) fn probe(endpoint: u32) -> Vec<u8> {
     let request = ReqProbe {
         head: head(req_type::PROBE),
         endpoint: endpoint.into(),

@@ -3,16 +3,18 @@
 
 use std::sync::Arc;
 
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::testing::{Recorder, attach, detach, map, probe, unmap};
 use super::*;
+use crate::backend::software::{EndpointConfig, Engine};
 use crate::backend::{Access, Backend, Fault, FaultCause, Mapping, PageRequest, Translation};
 use crate::reserved::{Kind, Region, Regions, X86_MSI};
 use crate::spec::virtio_iommu::{
     self as spec, ProbeProperty, ProbeResvMem, Status, feature, map_flag, resv_mem_subtype,
 };
-use crate::{Gpa, Iova, Rid, Target};
+use crate::{Gpa, GuestRam, Iova, Rid, Target};
 
 const A: Rid = Rid::new(0, 3, 0);
 const B: Rid = Rid::new(0, 4, 0);
@@ -310,7 +312,38 @@ fn bypass_holds_for_every_back_end_as_the_configuration_says_it() {
     assert_eq!(bench.backend.translation_of(B), Translation::Blocked);
 }
 
+#[test]
+fn must_ignore_reserved_of_the_head_and_should_set_that_of_the_tail_to_zero() {
+    let bench = bench();
+    let requests = [
+        attach(A.0.into(), 1, 0),
+        map(1, (0, PAGE - 1), PAGE, RW),
+        unmap(1, 0, PAGE - 1),
+        detach(A.0.into(), 1),
+    ];
+    for mut request in requests {
+        request[1..4].fill(0xff);
+        // `send` looks at the tail.
+        assert_eq!(bench.send(&request), Status::Ok);
+    }
+}
+
 // ATTACH
+
+#[test]
+fn a_device_that_does_not_reject_an_attach_must_attach_the_endpoint() {
+    let bench = bench();
+    for (domain, flags) in [(0, 0), (0xffff, 0), (1, 1), (2, 0), (1, 1)] {
+        assert_eq!(bench.send(&attach(A.0.into(), domain, flags)), Status::Ok);
+        let endpoints = bench.unit.snapshot().endpoints;
+        assert_eq!(endpoints[0].domain, Some(domain));
+        match bench.backend.translation_of(A) {
+            Translation::Identity => assert_eq!(flags, 1),
+            Translation::Domain(_) => assert_eq!(flags, 0),
+            other => panic!("{other:?}"),
+        }
+    }
+}
 
 #[test]
 fn must_reject_attach_with_reserved_or_unknown_flags_with_inval() {
@@ -504,6 +537,26 @@ fn an_endpoint_whose_old_domain_cannot_be_put_back_is_blocked_reported_and_tried
 }
 
 // DETACH
+
+#[test]
+fn must_ignore_reserved_of_a_detach() {
+    let bench = bench();
+    bench.attach(A, 1);
+    let mut request = detach(A.0.into(), 1);
+    request[12..].fill(0xff);
+    assert_eq!(bench.send(&request), Status::Ok);
+    assert_eq!(bench.backend.translation_of(A), Translation::Blocked);
+}
+
+#[test]
+fn must_reject_detach_of_an_endpoint_that_does_not_exist_with_noent() {
+    let bench = bench();
+    bench.attach(A, 1);
+    for endpoint in [0, 0xffff, 0x1_0000 | u32::from(A.0), u32::MAX] {
+        assert_eq!(bench.send(&detach(endpoint, 1)), Status::NoEnt);
+    }
+    assert_eq!(bench.pages(A), []);
+}
 
 #[test]
 fn must_ensure_that_a_detached_endpoint_cannot_access_the_domain() {
@@ -1034,6 +1087,34 @@ fn should_reject_a_map_that_overlaps_a_resv_mem_region() {
     }
     assert_eq!(bench.map(first - 1, first - 1), Status::Ok);
     assert_eq!(bench.map(last + 1, last + 1), Status::Ok);
+}
+
+#[test]
+fn should_not_allow_accesses_to_resv_mem_regions_to_affect_others() {
+    // Memory where interrupts go: whoever reaches it has gone through the window.
+    let window = GuestAddress(X86_MSI.first);
+    let ram: GuestRam = Arc::new(
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000), (window, 0x1000)]).unwrap(),
+    );
+    let engine = Arc::new(Engine::new(ram.clone()));
+    let port = engine.add_endpoint(A, EndpointConfig::default()).unwrap();
+    let unit = Iommu::new(Config {
+        bypass: true,
+        ..Config::compose(&engine.capabilities(), 0).unwrap()
+    });
+    unit.set_features(u64::MAX);
+    unit.add_endpoint(A, engine, Regions::new()).unwrap();
+    let blocked = || {
+        let write = port.access().write_obj(1u8, window);
+        let read = port.access().read_obj::<u8>(window);
+        write.is_err() && read.is_err() && ram.read_obj::<u8>(window).unwrap() == 0
+    };
+    assert!(blocked(), "in bypass mode, though there is memory");
+    assert!(port.access().write_obj(1u8, GuestAddress(0)).is_ok());
+    assert_eq!(unit.process(&attach(A.0.into(), 1, 0), 4).status(), Some(0));
+    assert!(blocked(), "in a domain");
+    assert_eq!(unit.process(&attach(A.0.into(), 2, 1), 4).status(), Some(0));
+    assert!(blocked(), "in a bypass domain");
 }
 
 // Fault reporting

@@ -222,7 +222,8 @@ options! {
     /// A vIOMMU of the guest. May be given several times; devices name it with viommu=.
     pub struct ViommuConfig {
         /// What it looks like to the guest: an Intel VT-d unit or a virtio-iommu. The options
-        /// mode, address_width, pasid_bits, interrupt_remapping and nested are a VT-d unit's.
+        /// mode, address_width, pasid_bits, interrupt_remapping, nested and vcmd are a VT-d unit's,
+        /// attach_table is a virtio-iommu's.
         pub kind ["type"]: ViommuKind = ViommuKind::Vtd;
         /// Its name, unique in the VM.
         pub id: String = "viommu0".into();
@@ -242,6 +243,9 @@ options! {
         /// Offer virtual commands, by which the guest gets PASIDs that no other VM of the host
         /// has. Linux up to 6.3 uses them.
         pub vcmd: bool = false;
+        /// Experimental: offer the requests by which the guest's own first-stage tables translate
+        /// (ATTACH_TABLE and INVALIDATE of drafts that may change). No released driver knows them.
+        pub attach_table: bool = false;
     }
 }
 

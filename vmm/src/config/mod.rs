@@ -467,6 +467,13 @@ impl VmConfig {
                 )));
             }
         }
+        let tables = |unit: &&ViommuConfig| unit.kind == ViommuKind::Vtd && unit.attach_table;
+        if let Some(unit) = self.viommus.iter().find(tables) {
+            return Err(ConfigError(format!(
+                "viommu id={} has type=vtd, whose tables are always the guest's own; leave out attach_table, or use type=virtio",
+                unit.id
+            )));
+        }
         let no_pasids =
             |unit: &&ViommuConfig| unit.mode == UnitMode::Legacy || unit.pasid_bits == Some(0);
         if let Some(unit) = self.viommus.iter().filter(|unit| unit.vcmd).find(no_pasids) {

@@ -250,6 +250,7 @@ impl Viommus {
             id: config.id.clone(),
             unit: Arc::new(Iommu::new(virtio::Config {
                 bypass: config.bypass,
+                attach_table: config.attach_table,
                 gpa_bits: offer.gpa_bits.min(self.address_width),
                 ..offer
             })),

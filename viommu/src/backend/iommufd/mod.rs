@@ -55,6 +55,8 @@ mod conformance;
 mod fake;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod virtio_tests;
 
 pub use admission::Unfit;
 pub use attach::AttachDevice;
