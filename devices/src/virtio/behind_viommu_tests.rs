@@ -12,6 +12,7 @@ use viommu::{DomainId, Gpa, Iova, Rid, Target};
 use vmm_sys_util::tempfile::TempFile;
 
 use crate::testing::{BUFFERS, RAM, WRITE, ram, start_behind};
+use crate::virtio::ring::{Ring, RingConfig};
 use crate::virtio::{Block, BlockConfig, Rng, VirtioDevice};
 
 const RID: Rid = Rid::new(0, 3, 0);
@@ -152,4 +153,25 @@ fn a_ring_that_is_unmapped_while_it_is_used_asks_for_a_reset() {
         before,
         "nothing is written after unmap"
     );
+}
+
+#[test]
+fn a_ring_that_is_not_mapped_is_a_fault_at_its_address() {
+    let ram = ram();
+    let (unit, port) = unit(&ram);
+    let config = |used| RingConfig {
+        size: 256,
+        descriptors: OFFSET,
+        available: OFFSET + 0x2000,
+        used,
+    };
+    let ring = |used| Ring::new(config(used), false, true, &port.access());
+    assert!(ring(OFFSET + 0x3000).is_some());
+    // Half of it, and memory that is mapped for reading only.
+    let (half, read_only) = (OFFSET + RAM / 2 - 0x400, OFFSET + RAM / 2);
+    for used in [half, read_only] {
+        assert!(ring(used).is_none());
+        let faults = std::mem::take(&mut *unit.faults.0.lock().unwrap());
+        assert_eq!(faults, [(read_only, Access::READ_WRITE)]);
+    }
 }

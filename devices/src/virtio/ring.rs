@@ -125,9 +125,13 @@ impl Ring {
     ) -> Option<Self> {
         let size = u64::from(config.size);
         let area = |address: u64, length: u64, access| {
-            // virtio-queue adds offsets to these addresses, so the end must exist as well.
+            // virtio-queue adds offsets to these addresses, so the end must exist as well. What is
+            // asked for piece by piece is a fault where a vIOMMU refuses it: a guest whose device
+            // does not start is told why.
             address.checked_add(length).is_some()
-                && memory.check_range(GuestAddress(address), length as usize, access)
+                && memory
+                    .get_slices(GuestAddress(address), length as usize, access)
+                    .is_ok_and(|mut pieces| pieces.all(|piece| piece.is_ok()))
         };
         let reachable = area(config.descriptors, 16 * size, Permissions::Read)
             && area(config.available, 6 + 2 * size, Permissions::Read)

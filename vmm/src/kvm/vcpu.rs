@@ -349,7 +349,8 @@ impl Vcpu {
                 Next::Run => {}
                 Next::Port => self.port_io(),
                 Next::Stop(GuestEvent::Failed(why)) => {
-                    return Some(GuestEvent::Failed(format!("{why}{}", self.where_it_was())));
+                    let (error, place) = (self.internal_error(), self.where_it_was());
+                    return Some(GuestEvent::Failed(format!("{why}{error}{place}")));
                 }
                 Next::Stop(event) => return Some(event),
             }
@@ -375,6 +376,18 @@ impl Vcpu {
                 false => self.exits.port_read(io.port, item),
             }
         }
+    }
+
+    /// What KVM says of an error of its own, for the message of a failure.
+    fn internal_error(&mut self) -> String {
+        let run = self.fd.get_kvm_run();
+        if run.exit_reason != kvm_bindings::KVM_EXIT_INTERNAL_ERROR {
+            return String::new();
+        }
+        // SAFETY: for this exit reason `internal` is the field of the union in use.
+        let error = unsafe { run.__bindgen_anon_1.internal };
+        let data = error.data.get(..error.ndata as usize).unwrap_or_default();
+        format!(" (suberror {}, data {data:x?})", error.suberror)
     }
 
     /// Where the guest was, for the message of a failure.
