@@ -3,6 +3,7 @@
 //! In stock kernels the driver is a module, and a device behind the unit waits for it. Debian's
 //! 6.1 has no such driver.
 
+use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -55,6 +56,7 @@ pub const TESTS: &[Test] = &[
         "a_guest_without_a_driver_reaches_nothing_by_default",
         blocked_disk,
     ),
+    Test::new("nothing_is_left_after_a_kexec_and_a_reboot", kexec).limit(400),
     Test::new(
         "a_vtd_unit_and_a_virtio_iommu_serve_their_own_devices",
         mixed,
@@ -238,6 +240,67 @@ fn identity(lab: &Lab) -> Result<()> {
     }
     guest.power_off()?;
     Ok(())
+}
+
+/// A new kernel with no firmware between, and then one with it.
+fn kexec(lab: &Lab) -> Result<()> {
+    const WORDS: &str = "agent.modprobe=virtio_iommu";
+    let image = lab.image("disk", 32)?;
+    let mut guest = Guest::debian("6.12").cmdline(WORDS);
+    for name in ["vmlinuz", "initramfs"] {
+        // The disk of a file has whole sectors.
+        let copy = lab.file(name);
+        let length = std::fs::copy(lab.shared("guests/6.12").join(name), &copy)?;
+        let file = File::options().write(true).open(&copy)?;
+        file.set_len(length.next_multiple_of(512))?;
+        guest = guest.option("--disk", &format!("path={},id={name}", copy.display()));
+    }
+    let disk = format!("path={},id=behind,iommu=on", image.display());
+    let mut guest = guest
+        .option("--viommu", "type=virtio")
+        .option("--disk", &disk)
+        .boot(lab)?;
+    let keeps = |guest: &mut Machine| -> Result<()> {
+        let disk = disk_named(guest, "behind")?;
+        guest.run_within(
+            SLOW,
+            &format!(
+                "head -c 4194304 /dev/urandom > /tmp/data && \
+                 dd if=/tmp/data of={disk} bs=1M conv=notrunc && sync && \
+                 echo 3 > /proc/sys/vm/drop_caches && head -c 4194304 {disk} | cmp - /tmp/data"
+            ),
+        )?;
+        let unit = &guest.viommus()?[0];
+        translated(unit, 1)?;
+        clean(unit)
+    };
+    keeps(&mut guest)?;
+    for name in ["vmlinuz", "initramfs"] {
+        let disk = disk_named(&mut guest, name)?;
+        guest.run(&format!("cat {disk} > /tmp/{name}"))?;
+    }
+    guest.restart_by(&format!(
+        "/init kexec /tmp/vmlinuz /tmp/initramfs console=ttyS0 panic=-1 loglevel=5 {WORDS} again"
+    ))?;
+    let line = guest.run("cat /proc/cmdline")?;
+    ensure!(line.trim().ends_with("again"), "not a new kernel: {line}");
+    keeps(&mut guest)?;
+    guest.restart_by("reboot -f")?;
+    let line = guest.run("cat /proc/cmdline")?;
+    ensure!(!line.contains("again"), "not rebooted: {line}");
+    keeps(&mut guest)?;
+    guest.power_off()?;
+    Ok(())
+}
+
+/// The device of the disk with this id, when it is there.
+fn disk_named(guest: &mut Machine, id: &str) -> Result<String> {
+    let found = guest.run(&format!(
+        "for i in $(seq 100); do for d in /sys/block/vd*; do \
+         [ \"$(cat $d/serial)\" = {id} ] && echo /dev/${{d##*/}} && exit 0; done; \
+         sleep 0.1; done; exit 1"
+    ))?;
+    Ok(found.trim().to_owned())
 }
 
 /// Debian's 6.1 has no driver for the unit, as firmware has none.

@@ -289,9 +289,16 @@ struct Vcpu {
     _vm: Arc<Vm>,
 }
 
+/// How often in a row KVM may say that it cannot deliver an event ([`Next::Again`]).
+const MOST_AGAIN: u32 = 8;
+
 /// What to do after an exit.
 enum Next {
     Run,
+    /// KVM did not deliver an event since the guest touched a device meanwhile. That is an end
+    /// only if it stays so: where KVM itself runs on an emulated CPU, any access to a device that
+    /// is the first exit after an exception can look like that, once.
+    Again,
     /// Port I/O with this many bytes for each of its repetitions is to be done.
     Port,
     Stop(GuestEvent),
@@ -317,6 +324,7 @@ impl Vcpu {
     }
 
     fn run_until_stop(&mut self) -> Option<GuestEvent> {
+        let mut again = 0;
         loop {
             match self.gate.wish() {
                 Wish::Run => {}
@@ -329,7 +337,7 @@ impl Vcpu {
                 }
                 Wish::Stop => return None,
             }
-            let next = match self.fd.run() {
+            let mut next = match self.fd.run() {
                 Ok(exit) => handle(exit, &*self.exits, self.index),
                 Err(why) => match why.errno() {
                     libc::EINTR => {
@@ -345,8 +353,15 @@ impl Vcpu {
                     ))),
                 },
             };
+            if self.is_undelivered(&next) && again < MOST_AGAIN {
+                next = Next::Again;
+            }
+            again = match next {
+                Next::Again => again + 1,
+                _ => 0,
+            };
             match next {
-                Next::Run => {}
+                Next::Run | Next::Again => {}
                 Next::Port => self.port_io(),
                 Next::Stop(GuestEvent::Failed(why)) => {
                     let (error, place) = (self.internal_error(), self.where_it_was());
@@ -376,6 +391,20 @@ impl Vcpu {
                 false => self.exits.port_read(io.port, item),
             }
         }
+    }
+
+    /// Whether the vCPU is to stop since KVM could not deliver an event.
+    fn is_undelivered(&mut self, next: &Next) -> bool {
+        if !matches!(next, Next::Stop(GuestEvent::Failed(_))) {
+            return false;
+        }
+        let run = self.fd.get_kvm_run();
+        if run.exit_reason != kvm_bindings::KVM_EXIT_INTERNAL_ERROR {
+            return false;
+        }
+        // SAFETY: for this exit reason `internal` is the field of the union in use.
+        let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+        suberror == kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV
     }
 
     /// What KVM says of an error of its own, for the message of a failure.
