@@ -12,8 +12,16 @@ use std::hint::select_unpredictable;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::short::Leaves;
+use super::tables::Ram;
+use super::target::Space;
+use super::walk::Allowed;
+
 /// Bits of an entry's key that hold the epoch: those below a page.
 const EPOCHS: u64 = 0xfff;
+
+/// In a page's value: all of the page is in the largest region of RAM.
+pub(super) const IN_RAM: u64 = Allowed::MASK + 1;
 
 /// With more pages than this to forget, the whole cache is forgotten instead.
 const PROBES: u64 = 64;
@@ -45,6 +53,43 @@ impl Entry {
     }
 }
 
+/// Where an address is in a table, when it is there.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    set: &'a [Entry; 2],
+    key: u64,
+}
+
+impl Place<'_> {
+    /// Which of the two entries it is, is chosen without a branch that would have to be guessed.
+    #[inline]
+    pub(super) fn get(self) -> Option<u64> {
+        let [younger, older] = self.set;
+        let (first, second) = (younger.has(self.key), older.has(self.key));
+        let value = select_unpredictable(first, younger.value(), older.value());
+        (first | second).then_some(value)
+    }
+
+    /// Puts a value where [`get`](Self::get) has just found none.
+    #[inline]
+    fn fill(self, value: u64) {
+        let [younger, older] = self.set;
+        older.set(younger.key.load(Ordering::Relaxed), younger.value());
+        younger.set(self.key, value);
+    }
+
+    #[inline]
+    fn put(self, value: u64) {
+        let [younger, _] = self.set;
+        if younger.has(self.key) {
+            younger.set(self.key, value);
+        } else {
+            // Also when the older one has the key: it is in the set once.
+            self.fill(value);
+        }
+    }
+}
+
 /// A set-associative table of 64-bit values, keyed by addresses of pages of 2^`SHIFT` bytes.
 /// `SETS` is a power of two.
 struct Table<const SHIFT: u32, const SETS: usize> {
@@ -69,25 +114,22 @@ impl<const SHIFT: u32, const SETS: usize> Table<SHIFT, SETS> {
         &self.sets[(spread >> (u64::BITS - SETS.ilog2())) as usize % SETS].0
     }
 
-    /// Which of the two entries it is, is chosen without a branch that would have to be guessed.
+    #[inline]
+    fn place(&self, address: u64, epoch: u64) -> Place<'_> {
+        Place {
+            set: self.set(address),
+            key: Self::key(address, epoch),
+        }
+    }
+
     #[inline]
     fn get(&self, address: u64, epoch: u64) -> Option<u64> {
-        let key = Self::key(address, epoch);
-        let [younger, older] = self.set(address);
-        let (first, second) = (younger.has(key), older.has(key));
-        let value = select_unpredictable(first, younger.value(), older.value());
-        (first | second).then_some(value)
+        self.place(address, epoch).get()
     }
 
     #[inline]
     fn put(&self, address: u64, epoch: u64, value: u64) {
-        let key = Self::key(address, epoch);
-        let [younger, older] = self.set(address);
-        if !younger.has(key) {
-            // Also when the older one has the key: it is in the set once.
-            older.set(younger.key.load(Ordering::Relaxed), younger.value());
-        }
-        younger.set(key, value);
+        self.place(address, epoch).put(value);
     }
 
     /// Pages of this table's size in `range`: few, the caller made sure.
@@ -150,6 +192,10 @@ pub(super) struct Iotlb {
     input: Structures,
     /// Of the second stage under a first stage, by its own input.
     second: Structures,
+    /// The space that all this is of, by its number; 0 is "of none".
+    space: AtomicU64,
+    /// How its leaf entries are read when their table is cached.
+    leaves: Leaves,
 }
 
 impl Iotlb {
@@ -162,6 +208,18 @@ impl Iotlb {
             has_large: AtomicBool::new(false),
             input: Structures::new(),
             second: Structures::new(),
+            space: AtomicU64::new(0),
+            leaves: Leaves::default(),
+        }
+    }
+
+    /// To be called before a walk of `space` uses or fills the caches: what they hold of another
+    /// is forgotten. (A port may see a new space before it sees that something changed.)
+    pub(super) fn belongs_to(&self, space: &Space, haw: u8, has_pasid: bool) {
+        if self.space.load(Ordering::Relaxed) != space.number {
+            self.forget_all();
+            self.space.store(space.number, Ordering::Relaxed);
+            self.leaves.are_of(&space.translation, haw, has_pasid);
         }
     }
 
@@ -184,16 +242,26 @@ impl Iotlb {
         large.or_else(|| Some((self.pages_1g.get(address, epoch)?, 30)))
     }
 
-    /// The value of the 4 KiB page that holds `address`.
+    /// Where the 4 KiB page that holds `address` is.
     #[inline]
-    pub(super) fn get_4k(&self, address: u64) -> Option<u64> {
-        self.pages.get(address, self.epoch())
+    pub(super) fn place_4k(&self, address: u64) -> Place<'_> {
+        self.pages.place(address, self.epoch())
     }
 
-    /// As [`put`](Self::put) of a 4 KiB page.
+    /// The 4 KiB page that holds `iova`, which is not at its `place`: by a
+    /// [short walk](super::short), if that decides it. Put into its place with its rights; the
+    /// address that is returned does not wait for them.
     #[inline]
-    pub(super) fn put_4k(&self, address: u64, value: u64) {
-        self.pages.put(address, self.epoch(), value);
+    pub(super) fn walk_short(
+        &self,
+        ram: &Ram,
+        place: Place<'_>,
+        iova: u64,
+        needed: Allowed,
+    ) -> Option<u64> {
+        let page = self.leaves.walk(self, ram, iova, needed)?;
+        place.fill(page.base | page.allowed.into_bits());
+        Some(page.base)
     }
 
     /// Remembers the page of `shift` (12, 21 or 30) that holds `address`.
@@ -208,6 +276,7 @@ impl Iotlb {
         self.has_large.store(true, Ordering::Relaxed);
     }
 
+    #[inline]
     fn structures(&self, of: Of) -> &Structures {
         match of {
             Of::Input => &self.input,

@@ -18,6 +18,7 @@ pub mod fuzz;
 mod inflight;
 mod iotlb;
 pub(crate) mod port;
+mod short;
 mod tables;
 mod target;
 mod walk;
@@ -197,6 +198,7 @@ impl Engine {
             Translation::Domain(id) => Some(self.domain(*id)?),
         };
         Ok(Space {
+            number: 0,
             translation,
             domain,
         })

@@ -1,7 +1,6 @@
 //! The translated side of a [`DmaPort`](crate::dma::DmaPort): what happens on the device's thread.
 
 use std::cell::{Cell, RefCell};
-use std::hint::cold_path;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -12,7 +11,7 @@ use vm_memory::GuestMemoryMmap;
 use super::Shared;
 use super::endpoint::Endpoint;
 use super::inflight::Slot;
-use super::iotlb::Iotlb;
+use super::iotlb::{IN_RAM, Iotlb};
 use super::target::{INTERRUPT_RANGE, Space, TargetState};
 use super::walk::{Allowed, Page, Request, Walker};
 use crate::backend::{self, Fault, FaultCause, PageRequest, Translation};
@@ -175,9 +174,6 @@ impl Drop for Port {
     }
 }
 
-/// In a cached value: the whole page lies in the largest region of RAM.
-const IN_RAM: u64 = Allowed::MASK + 1;
-
 /// Where an address lies.
 #[derive(Clone, Copy)]
 pub(crate) struct Located {
@@ -267,14 +263,15 @@ impl Access<'_> {
     pub(crate) fn page(&self, iova: u64, request: Request) -> Result<Located, FaultCause> {
         self.catch_up();
         let needed = request.needs();
-        let iotlb = self.own().iotlb.get();
-        if let Some(value) = iotlb.and_then(|iotlb| iotlb.get_4k(iova))
-            && Allowed::from_bits(value).has(needed)
-        {
-            return Ok(Located::new(iova, value, 12));
-        }
-        if let Some(value) = self.walk_short(iova, needed) {
-            return Ok(Located::new(iova, value, 12));
+        if let Some(iotlb) = self.own().iotlb.get() {
+            let place = iotlb.place_4k(iova);
+            let value = match place.get() {
+                Some(value) => Allowed::from_bits(value).has(needed).then_some(value),
+                None => iotlb.walk_short(&self.port.shared.ram, place, iova, needed),
+            };
+            if let Some(value) = value {
+                return Ok(Located::new(iova, value, 12));
+            }
         }
         self.page_of_any_size(iova, request)
     }
@@ -331,39 +328,6 @@ impl Access<'_> {
         *self.space.borrow_mut() = None;
     }
 
-    /// As [`walk`](Self::walk), of the one entry that a cached table leaves to be read, which is
-    /// what most misses are. The 4 KiB page, with `IN_RAM` but without rights, so that the address
-    /// does not wait for them; `None` when this does not decide it.
-    #[inline(never)]
-    fn walk_short(&self, iova: u64, needed: Allowed) -> Option<u64> {
-        if self.extra.is_some() {
-            return None;
-        }
-        let iotlb = self.port.own.iotlb.get()?;
-        let space = self.space.borrow();
-        let walker = self.walker(Some(iotlb));
-        let has_pasid = self.target().pasid.is_some();
-        let page = space
-            .as_ref()?
-            .walk_short(walker, iova, needed, has_pasid)?;
-        let value = page.base | page.allowed.into_bits();
-        if self.port.shared.ram.main_has(page.base, 12) {
-            iotlb.put_4k(iova, value | IN_RAM);
-            return Some(page.base | IN_RAM);
-        }
-        cold_path();
-        iotlb.put_4k(iova, value);
-        Some(page.base)
-    }
-
-    fn walker<'a>(&'a self, cache: Option<&'a Iotlb>) -> Walker<'a> {
-        Walker {
-            ram: &self.port.shared.ram,
-            haw: self.port.shared.config.host_address_width,
-            cache,
-        }
-    }
-
     /// `page` as the cache has it.
     #[inline]
     fn cached(&self, page: Page) -> u64 {
@@ -381,8 +345,15 @@ impl Access<'_> {
             None => Some(&**own.iotlb.get_or_init(|| Box::new(Iotlb::new()))),
             Some(_) => None,
         };
-        let walker = self.walker(iotlb);
-        let page = space.walk(walker, iova, request, self.target().pasid.is_some())?;
+        let haw = self.port.shared.config.host_address_width;
+        let has_pasid = self.target().pasid.is_some();
+        iotlb.inspect(|iotlb| iotlb.belongs_to(space, haw, has_pasid));
+        let walker = Walker {
+            ram: &self.port.shared.ram,
+            haw,
+            cache: iotlb,
+        };
+        let page = space.walk(walker, iova, request, has_pasid)?;
         let value = self.cached(page);
         if let Some(iotlb) = iotlb {
             iotlb.put(iova, page.shift, value);

@@ -8,6 +8,7 @@ use vm_memory::{
     MemoryRegionAddress, VolatileMemory,
 };
 
+use super::target::INTERRUPT_RANGE;
 use crate::GuestRam;
 
 /// Guest RAM, and its largest region at hand: most pages and tables are there, and what is needs
@@ -18,6 +19,8 @@ pub(super) struct Ram {
     main: Option<Arc<GuestRegionMmap<()>>>,
     first: u64,
     length: u64,
+    /// Bytes from `first` on that are whole pages and come before the interrupt range.
+    pages: u64,
 }
 
 impl Ram {
@@ -28,9 +31,21 @@ impl Ram {
             // Only a copy of the list of regions is without it.
             taken.ok().map(|(_, region)| region)
         });
+        let first = main.as_ref().map_or(0, |region| region.start_addr().0);
+        let length = main.as_ref().map_or(0, |region| region.len());
+        let to_interrupts = INTERRUPT_RANGE.start().saturating_sub(first);
+        let before = match length > to_interrupts && first <= *INTERRUPT_RANGE.end() {
+            true => to_interrupts,
+            false => length,
+        };
         Self {
-            first: main.as_ref().map_or(0, |region| region.start_addr().0),
-            length: main.as_ref().map_or(0, |region| region.len()),
+            first,
+            length,
+            pages: if first % 4096 == 0 {
+                before & !0xfff
+            } else {
+                0
+            },
             main,
             all,
         }
@@ -45,6 +60,13 @@ impl Ram {
     pub(super) fn main_has(&self, base: u64, shift: u32) -> bool {
         let offset = base.wrapping_sub(self.first);
         offset < self.length && self.length - offset >= 1 << shift
+    }
+
+    /// As [`main_has`](Self::main_has), of the 4 KiB page at `base`; never one that answers for
+    /// interrupt messages.
+    #[inline]
+    pub(super) fn main_has_page(&self, base: u64) -> bool {
+        base.wrapping_sub(self.first) < self.pages
     }
 
     /// Runs `work` on the entry at `gpa`; `None` when there is no RAM or `gpa` is not 8-byte
@@ -136,5 +158,20 @@ mod tests {
         assert!(!ram.main_has(0, 12) && !ram.main_has(0x40_0000, 12));
         assert!(!ram.main_has(0x20_0000, 30) && !ram.main_has(0x1f_f000, 13));
         assert!(!Ram::new(Arc::new(GuestMemoryMmap::new())).main_has(0, 12));
+        assert!(ram.main_has_page(0x20_0000) && ram.main_has_page(0x3f_f000));
+        assert!(!ram.main_has_page(0x1f_f000) && !ram.main_has_page(0x40_0000));
+    }
+
+    #[test]
+    fn no_page_of_the_interrupt_range_is_ram_to_a_short_walk() {
+        for first in [0xfed0_0000, 0xfee0_0000, 0xfef0_0000] {
+            let region = (GuestAddress(first), 0x40_0000);
+            let ram = GuestMemoryMmap::from_ranges(&[region]).unwrap();
+            let ram = Ram::new(Arc::new(ram));
+            for page in (0xfec0_0000..0xff50_0000).step_by(4096) {
+                assert!(!(ram.main_has_page(page) && INTERRUPT_RANGE.contains(&page)));
+                assert!(!ram.main_has_page(page) || ram.main_has(page, 12));
+            }
+        }
     }
 }

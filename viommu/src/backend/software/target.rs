@@ -8,7 +8,6 @@ use arc_swap::ArcSwap;
 
 use super::domain::Mappings;
 use super::inflight::{EVERYTHING, Range, Seen, Slot};
-use super::iotlb::Of;
 use super::walk::{Allowed, Page, Request, Walker};
 use crate::backend::{FaultCause, Translation};
 use crate::spec::vtd::paging::level_shift;
@@ -36,6 +35,8 @@ pub(super) struct Domain {
 /// What translates a target's requests.
 #[derive(Default)]
 pub(super) struct Space {
+    /// Which of the spaces that the target ever had this is, from 1; 0 is its first, Blocked.
+    pub(super) number: u64,
     pub(super) translation: Translation,
     /// The domain that `translation` names.
     pub(super) domain: Option<Arc<Domain>>,
@@ -68,31 +69,6 @@ impl Space {
             Translation::Domain(_) => self.mapped(iova, request)?,
         };
         around_interrupts(page, iova, has_pasid)
-    }
-
-    /// As [`walk`](Self::walk), when the port's cache has the table of level 1 for `iova` and the
-    /// request passes without an update of a flag. Anything else is `None`, and for `walk`.
-    #[inline]
-    pub(super) fn walk_short(
-        &self,
-        walker: Walker<'_>,
-        iova: u64,
-        needed: Allowed,
-        has_pasid: bool,
-    ) -> Option<Page> {
-        let page = match &self.translation {
-            Translation::Stage1(stage1) => walker.first_stage_short(stage1, iova, needed)?,
-            Translation::Nested { stage1, stage2 } => {
-                walker.nested_short(stage1, stage2, iova, needed)?
-            }
-            Translation::Stage2(stage2) => {
-                walker.second_stage_short(stage2, iova, needed, Of::Input)?
-            }
-            Translation::Blocked | Translation::Identity | Translation::Domain(_) => return None,
-        };
-        let clear = (has_pasid || !INTERRUPT_RANGE.contains(&iova))
-            && !INTERRUPT_RANGE.contains(&page.base);
-        clear.then_some(page)
     }
 
     /// The largest cacheable part of a domain's mapping around `iova`.
@@ -240,8 +216,10 @@ impl TargetState {
         }
     }
 
-    /// Puts `space` in force and makes that known.
-    pub(super) fn switch(this: &Arc<Self>, space: Space, drain: &mut Drain) {
+    /// Puts `space` in force, with a number of its own, and makes that known. The caller holds
+    /// `control`.
+    pub(super) fn switch(this: &Arc<Self>, mut space: Space, drain: &mut Drain) {
+        space.number = this.space.load().number + 1;
         if let Some(domain) = &space.domain {
             lock(&domain.users).push(Arc::clone(this));
         }

@@ -3,9 +3,6 @@
 //! Tables are the guest's and may change or lie at any moment. A walk reads each entry once (and
 //! again only when it lost a race to set an accessed or dirty flag), goes down one level per
 //! step, and so ends after at most five steps per stage, whatever the tables contain.
-//!
-//! A *short* walk reads only the leaf, in a table of level 1 that is cached. It knows how to let
-//! a request pass and nothing else: for a fault or for a flag to be set, the walk begins anew.
 
 use super::iotlb::{Iotlb, Of};
 use super::tables::Ram;
@@ -17,8 +14,8 @@ use crate::spec::vtd::paging::{FirstStageEntry, SecondStageEntry, entry_offset, 
 const RACES: u32 = 64;
 
 /// In a cached table of a second stage: its pages may be read, and written.
-const R: u64 = 1;
-const W: u64 = 2;
+pub(super) const R: u64 = 1;
+pub(super) const W: u64 = 2;
 
 /// `bit` when it is `on`.
 const fn flag(on: bool, bit: u64) -> u64 {
@@ -55,13 +52,22 @@ impl Allowed {
 
     /// What entries of a first stage with these rights allow (VT-d 3.6.1). `dirty`: the leaf's
     /// dirty flag is set, or will be. What several entries on the way allow is what each of them
-    /// does. Without a branch: rights differ from page to page.
+    /// does. Without a branch on the entry: rights differ from page to page.
     #[inline]
-    fn first_stage(stage1: &Stage1, rw: bool, us: bool, xd: bool, dirty: bool) -> Self {
+    pub(super) fn first_stage(
+        (sre, wpe): (bool, bool),
+        rw: bool,
+        us: bool,
+        xd: bool,
+        dirty: bool,
+    ) -> Self {
         let writes = |rw: bool| u64::from(rw & dirty) * Self::WRITE;
         let reads = Self::READ | (u64::from(!xd) * Self::EXECUTE);
         let user = u64::from(us) * (reads | writes(rw));
-        let privileged = u64::from(stage1.sre) * (reads | writes(rw | !stage1.wpe));
+        if !sre {
+            return Self(user);
+        }
+        let privileged = reads | writes(rw | !wpe);
         Self(user | privileged << Self::PRIVILEGED)
     }
 
@@ -137,7 +143,7 @@ pub(super) struct Walker<'a> {
 
 /// How far a first-stage walk has come: the table to read next, and the rights so far.
 #[derive(Clone, Copy)]
-struct First {
+pub(super) struct First {
     level: u8,
     /// Where the table lies in guest memory.
     table: u64,
@@ -156,6 +162,12 @@ impl First {
     const XD: u64 = 8;
     /// How far up the same rights are as a set.
     const ALLOWED: u32 = 4;
+
+    /// What a cached table allows.
+    #[inline]
+    pub(super) const fn allowed_of(cached: u64) -> Allowed {
+        Allowed::from_bits(cached >> Self::ALLOWED)
+    }
 
     fn into_cached(self, stage1: &Stage1) -> u64 {
         self.table
@@ -187,7 +199,7 @@ impl First {
 
     /// What is allowed, after the entries so far.
     fn allowed(self, stage1: &Stage1, dirty: bool) -> Allowed {
-        Allowed::first_stage(stage1, self.rw, self.us, self.xd, dirty)
+        Allowed::first_stage((stage1.sre, stage1.wpe), self.rw, self.us, self.xd, dirty)
     }
 }
 
@@ -237,50 +249,6 @@ impl Walker<'_> {
                 cache.put_structure(Of::Input, at.level, iova, at.into_cached(stage1));
             }
         }
-    }
-
-    /// The short walk of a first-stage table.
-    #[inline]
-    pub(super) fn first_stage_short(
-        &self,
-        stage1: &Stage1,
-        iova: u64,
-        needed: Allowed,
-    ) -> Option<Page> {
-        // In the cache only if this address was found to be canonical.
-        let cached = self.cache?.leaf_table(Of::Input, iova)?;
-        let bits = self.ram.load((cached & !0xfff) + entry_offset(iova, 1))?;
-        let entry = FirstStageEntry::from_bits(bits);
-        let above = Allowed::from_bits(cached >> First::ALLOWED);
-        let own = Allowed::first_stage(stage1, entry.rw(), entry.us(), entry.xd(), entry.d());
-        let page = Page {
-            base: entry.page(1).0,
-            shift: level_shift(1),
-            allowed: above.and(own),
-        };
-        let passes = entry.p()
-            && entry.a()
-            && (entry.ea() || !stage1.eafe)
-            && !entry.has_reserved(1, self.haw)
-            && page.allowed.has(needed);
-        passes.then_some(page)
-    }
-
-    /// The short walks of a first-stage table and of the second stage that its page goes through.
-    #[inline(never)]
-    pub(super) fn nested_short(
-        &self,
-        stage1: &Stage1,
-        stage2: &Stage2,
-        iova: u64,
-        needed: Allowed,
-    ) -> Option<Page> {
-        let page = self.first_stage_short(stage1, iova, needed)?;
-        let outer = self.second_stage_short(stage2, page.base, needed, Of::Second)?;
-        Some(Page {
-            allowed: outer.allowed.and(page.allowed),
-            ..outer
-        })
     }
 
     fn first_stage_root(
@@ -460,35 +428,6 @@ impl Walker<'_> {
             return Err(FaultCause::AddressWidth);
         }
         self.second_stage_from(stage2, iova, request, Stage::Second, Of::Input)
-    }
-
-    /// The short walk of a second-stage table.
-    #[inline(never)]
-    pub(super) fn second_stage_short(
-        &self,
-        stage2: &Stage2,
-        address: u64,
-        needed: Allowed,
-        of: Of,
-    ) -> Option<Page> {
-        let cached = self.cache?.leaf_table(of, address)?;
-        let bits = self
-            .ram
-            .load((cached & !0xfff) + entry_offset(address, 1))?;
-        let entry = SecondStageEntry::from_bits(bits);
-        let allowed = Allowed::both(
-            cached & R != 0 && entry.r(),
-            cached & W != 0 && entry.w() && (entry.d() || !stage2.ad),
-        );
-        let passes = entry.is_present()
-            && !entry.has_reserved(1, self.haw)
-            && (entry.a() || !stage2.ad)
-            && allowed.has(needed);
-        passes.then(|| Page {
-            base: entry.page(1).0,
-            shift: level_shift(1),
-            allowed,
-        })
     }
 
     fn second_stage_from(

@@ -105,6 +105,11 @@ impl FirstStageEntry {
         };
         self.into_bits() & (layout | beyond(haw)) != 0
     }
+
+    /// The bits that are reserved in every present entry of level 1, with addresses of `haw` bits.
+    pub const fn reserved_in_leaf(haw: u8) -> u64 {
+        beyond(haw)
+    }
 }
 
 /// An entry of a second-stage paging structure.
@@ -178,6 +183,11 @@ impl SecondStageEntry {
             _ => TABLE | 1 << 7,
         };
         self.into_bits() & (layout | beyond(haw)) != 0
+    }
+
+    /// The bits that are reserved in every present entry of level 1, with addresses of `haw` bits.
+    pub const fn reserved_in_leaf(haw: u8) -> u64 {
+        beyond(haw)
     }
 }
 
