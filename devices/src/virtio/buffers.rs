@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use thiserror::Error;
 use vm_memory::bitmap::BS;
-use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 
 use super::ring::Buffer;
 
@@ -77,28 +77,48 @@ pub fn take_last(buffers: &mut Vec<Buffer>) -> Option<Buffer> {
 
 /// Copies from the front of `buffers` until `data` is full. `false` when there is not enough or
 /// it cannot be read.
+#[inline]
 pub fn copy_in<M: GuestMemory>(memory: &M, buffers: &[Buffer], data: &mut [u8]) -> bool {
     let mut rest = data;
     for buffer in buffers {
         let count = rest.len().min(buffer.length as usize);
-        let (part, after) = rest.split_at_mut(count);
-        if memory.read_slice(part, buffer.address).is_err() {
+        let Ok(slices) = memory.get_slices(buffer.address, count, Permissions::Read) else {
+            return false;
+        };
+        let before = rest.len();
+        for slice in slices {
+            let Ok(slice) = slice else { return false };
+            let (part, after) = rest.split_at_mut(slice.len().min(rest.len()));
+            slice.copy_to(part);
+            rest = after;
+        }
+        if before - rest.len() != count {
             return false;
         }
-        rest = after;
     }
     rest.is_empty()
 }
 
 /// Copies `data` to the front of `buffers`, as much as fits; the number of bytes, or `None` when
 /// they cannot be written.
+#[inline]
 pub fn copy_out<M: GuestMemory>(memory: &M, buffers: &[Buffer], data: &[u8]) -> Option<usize> {
     let mut rest = data;
     for buffer in buffers {
         let count = rest.len().min(buffer.length as usize);
-        let (part, after) = rest.split_at(count);
-        memory.write_slice(part, buffer.address).ok()?;
-        rest = after;
+        let before = rest.len();
+        for slice in memory
+            .get_slices(buffer.address, count, Permissions::Write)
+            .ok()?
+        {
+            let slice = slice.ok()?;
+            let (part, after) = rest.split_at(slice.len().min(rest.len()));
+            slice.copy_from(part);
+            rest = after;
+        }
+        if before - rest.len() != count {
+            return None;
+        }
     }
     Some(data.len() - rest.len())
 }

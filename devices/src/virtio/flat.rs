@@ -8,45 +8,55 @@ use std::iter::FusedIterator;
 
 use vm_memory::guest_memory::{GuestMemoryBackendSliceIterator, GuestMemorySliceIterator, Result};
 use vm_memory::{
-    Address, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    Permissions, VolatileSlice,
+    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, Permissions,
+    VolatileSlice,
 };
 
 /// See the module's text. For one thread, for one piece of work.
 pub(super) struct Flat<'r> {
     ram: &'r GuestMemoryMmap<()>,
     /// Where the region begins that was used last, and all of it.
-    last: Cell<Option<(GuestAddress, VolatileSlice<'r>)>>,
+    start: Cell<GuestAddress>,
+    region: Cell<Option<VolatileSlice<'r>>>,
 }
 
 impl<'r> Flat<'r> {
     pub(super) fn new(ram: &'r GuestMemoryMmap<()>) -> Self {
         Self {
             ram,
-            last: Cell::new(None),
+            start: Cell::new(GuestAddress(0)),
+            region: Cell::new(None),
         }
     }
 
     /// The bytes, if they are in one region.
     #[inline]
     fn one(&self, address: GuestAddress, count: usize) -> Option<VolatileSlice<'r>> {
-        if let Some((start, slice)) = self.last.get()
-            && let Some(offset) = address.checked_offset_from(start)
-            && let Ok(found) = slice.subslice(offset as usize, count)
-        {
-            return Some(found);
+        // A piece is made in one place only, so that it stays in registers.
+        if !self.covers(address, count) {
+            self.find(address);
+            if !self.covers(address, count) {
+                return None;
+            }
         }
-        self.find(address, count)
+        let offset = address.0.wrapping_sub(self.start.get().0);
+        self.region.get()?.subslice(offset as usize, count).ok()
+    }
+
+    #[inline]
+    fn covers(&self, address: GuestAddress, count: usize) -> bool {
+        let length = self.region.get().map_or(0, |region| region.len() as u64);
+        let offset = address.0.wrapping_sub(self.start.get().0);
+        offset < length && count as u64 <= length - offset
     }
 
     #[cold]
-    fn find(&self, address: GuestAddress, count: usize) -> Option<VolatileSlice<'r>> {
-        let region = self.ram.find_region(address)?;
-        let slice = region.as_volatile_slice().ok()?;
-        let start = region.start_addr();
-        self.last.set(Some((start, slice)));
-        let offset = address.checked_offset_from(start)?;
-        slice.subslice(offset as usize, count).ok()
+    fn find(&self, address: GuestAddress) {
+        let region = self.ram.find_region(address);
+        if let Some((region, slice)) = region.and_then(|r| Some((r, r.as_volatile_slice().ok()?))) {
+            self.start.set(region.start_addr());
+            self.region.set(Some(slice));
+        }
     }
 }
 
@@ -69,14 +79,18 @@ impl GuestMemory for Flat<'_> {
         Ok(match self.one(addr, count) {
             Some(_) if count == 0 => Slices::One(None),
             Some(slice) => Slices::One(Some(slice)),
-            None => Slices::Several(GuestMemoryBackend::get_slices(self.ram, addr, count)),
+            None => {
+                let slices = GuestMemoryBackend::get_slices(self.ram, addr, count);
+                // Rare, and boxed to keep the rest small.
+                Slices::Several(Box::new(slices))
+            }
         })
     }
 }
 
 enum Slices<'a> {
     One(Option<VolatileSlice<'a>>),
-    Several(GuestMemoryBackendSliceIterator<'a, GuestMemoryMmap<()>>),
+    Several(Box<GuestMemoryBackendSliceIterator<'a, GuestMemoryMmap<()>>>),
 }
 
 impl<'a> Iterator for Slices<'a> {

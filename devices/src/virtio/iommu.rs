@@ -48,29 +48,25 @@ struct Requests {
     ring: Ring,
     ram: GuestRam,
     interrupt: Arc<dyn VirtioInterrupt>,
+    chain: Chain,
+    /// Room for [`BATCH`] requests.
     batch: Vec<Fetched>,
+    /// Where the replies of `batch` go.
+    writable: Vec<Buffer>,
     replies: Vec<Reply>,
     used: Vec<(u16, u32)>,
 }
 
 /// A request that was fetched from memory.
+#[derive(Clone)]
 struct Fetched {
-    chain: Chain,
+    head: u16,
     readable: [u8; MAX_READABLE],
     readable_length: usize,
     /// Bytes that a reply can have.
-    writable: usize,
-}
-
-impl Default for Fetched {
-    fn default() -> Self {
-        Self {
-            chain: Chain::default(),
-            readable: [0; MAX_READABLE],
-            readable_length: 0,
-            writable: 0,
-        }
-    }
+    room: usize,
+    /// Its part of `writable` ends here.
+    end: usize,
 }
 
 /// The event queue of an active device.
@@ -185,7 +181,9 @@ impl VirtioDevice for VirtioIommu {
                 ring,
                 ram: ram.clone(),
                 interrupt: Arc::clone(&activation.interrupt),
-                batch: Vec::new(),
+                chain: Chain::default(),
+                batch: vec![Fetched::EMPTY; BATCH],
+                writable: Vec::with_capacity(BATCH),
                 replies: Vec::with_capacity(BATCH),
                 used: Vec::with_capacity(BATCH),
             };
@@ -231,7 +229,7 @@ impl Requests {
             }
             let served = self.batch[..count].iter().map(|fetched| Request {
                 readable: &fetched.readable[..fetched.readable_length],
-                writable: fetched.writable,
+                writable: fetched.room,
             });
             unit.serve(served, &mut self.replies);
             self.answer(count)?;
@@ -244,13 +242,12 @@ impl Requests {
         let access = Flat::new(&self.ram);
         let most = unit.longest_reply();
         let mut count = 0;
-        while count < BATCH {
-            if self.batch.len() == count {
-                self.batch.push(Fetched::default());
-            }
-            let fetched = &mut self.batch[count];
-            if self.ring.pop(&access, &mut fetched.chain)? {
-                fetched.fetch(&access, most);
+        self.writable.clear();
+        while let Some(fetched) = self.batch.get_mut(count) {
+            if self.ring.pop(&access, &mut self.chain)? {
+                fetched.fetch(&self.chain, &access, most);
+                self.writable.extend_from_slice(&self.chain.writable);
+                fetched.end = self.writable.len();
                 count += 1;
             } else if count > 0 || !self.ring.enable_kicks(&access)? {
                 break;
@@ -262,11 +259,13 @@ impl Requests {
     fn answer(&mut self, count: usize) -> Result<(), Broken> {
         let access = Flat::new(&self.ram);
         self.used.clear();
+        let mut start = 0;
         for (fetched, reply) in self.batch[..count].iter().zip(&self.replies) {
-            let chain = &fetched.chain;
+            let buffers = &self.writable[start..fetched.end];
+            start = fetched.end;
             // It could be written a moment ago.
-            let used = buffers::copy_out(&access, &chain.writable, reply.bytes()).unwrap_or(0);
-            self.used.push((chain.head(), used as u32));
+            let used = buffers::copy_out(&access, buffers, reply.bytes()).unwrap_or(0);
+            self.used.push((fetched.head, used as u32));
         }
         self.ring.push_all(&access, &self.used)?;
         if self.ring.wants_interrupt(&access)? {
@@ -277,14 +276,23 @@ impl Requests {
 }
 
 impl Fetched {
+    const EMPTY: Self = Self {
+        head: 0,
+        readable: [0; MAX_READABLE],
+        readable_length: 0,
+        room: 0,
+        end: 0,
+    };
+
     /// Copies what the device may read, and sees how much of a reply of at most `most` bytes can
     /// be written. What cannot be accessed is as if it were not there.
-    fn fetch<M: GuestMemory>(&mut self, memory: &M, most: usize) {
-        let length = self.chain.readable_length().min(MAX_READABLE);
-        let readable = &mut self.readable[..length];
-        let fetched = buffers::copy_in(memory, &self.chain.readable, readable);
+    #[inline]
+    fn fetch<M: GuestMemory>(&mut self, chain: &Chain, memory: &M, most: usize) {
+        let length = chain.readable_length().min(MAX_READABLE);
+        let fetched = buffers::copy_in(memory, &chain.readable, &mut self.readable[..length]);
+        self.head = chain.head();
         self.readable_length = if fetched { length } else { 0 };
-        self.writable = writable(memory, &self.chain.writable, most);
+        self.room = writable(memory, &chain.writable, most);
     }
 }
 

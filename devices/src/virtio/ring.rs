@@ -110,6 +110,8 @@ pub struct RingConfig {
 pub struct Ring {
     queue: Queue,
     indirect: bool,
+    /// The available index when it was last read.
+    available: u16,
     /// The used index when the driver's wish for an interrupt was last looked at.
     told: u16,
 }
@@ -153,6 +155,7 @@ impl Ring {
         Some(Self {
             queue,
             indirect,
+            available: 0,
             told: 0,
         })
     }
@@ -169,21 +172,32 @@ impl Ring {
     pub fn pop<M: GuestMemory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, Broken> {
         chain.readable.clear();
         chain.writable.clear();
-        let mut available = self.queue.iter(memory).map_err(|error| match error {
-            virtio_queue::Error::InvalidAvailRingIndex => Broken::AvailIndex,
-            _ => Broken::Ring,
-        })?;
-        let Some(head) = available.next().map(|found| found.head_index()) else {
-            // virtio-queue says "none" as well when an entry of the ring cannot be read.
-            return match self.queue.avail_idx(memory, Ordering::Relaxed) {
-                Ok(index) if index.0 == self.queue.next_avail() => Ok(false),
-                Ok(_) if self.entry_is_readable(memory) => Ok(false),
-                _ => Err(Broken::Ring),
-            };
-        };
-        chain.head = head;
+        let next = self.queue.next_avail();
+        if self.available == next {
+            // Acquire: what the driver made available before is seen.
+            let index = self
+                .queue
+                .avail_idx(memory, Ordering::Acquire)
+                .map_err(|_| Broken::Ring)?;
+            if index.0.wrapping_sub(next) > self.size() {
+                return Err(Broken::AvailIndex);
+            }
+            self.available = index.0;
+            if index.0 == next {
+                return Ok(false);
+            }
+        }
+        let entry = GuestAddress(self.queue.avail_ring() + 4 + 2 * self.slot(next));
+        let head = memory.load(entry, Ordering::Relaxed);
+        chain.head = head.map(u16::from_le).map_err(|_| Broken::Ring)?;
+        self.queue.set_next_avail(next.wrapping_add(1));
         self.walk(memory, chain)?;
         Ok(true)
+    }
+
+    /// The slot of a ring that belongs to an index. The size is a power of two.
+    fn slot(&self, index: u16) -> u64 {
+        u64::from(index & (self.size() - 1))
     }
 
     /// Whether there is another chain to pop.
@@ -201,12 +215,6 @@ impl Ring {
     /// Gives the chain that was popped last back to the ring, to be popped again.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
-    }
-
-    fn entry_is_readable<M: GuestMemory>(&self, memory: &M) -> bool {
-        let slot = u64::from(self.queue.next_avail() % self.queue.size());
-        let entry = GuestAddress(self.queue.avail_ring() + 4 + 2 * slot);
-        memory.read_obj::<u16>(entry).is_ok()
     }
 
     fn walk<M: GuestMemory>(&self, memory: &M, chain: &mut Chain) -> Result<(), Broken> {
@@ -227,9 +235,7 @@ impl Ring {
             let at = table
                 .checked_add(16 * u64::from(index))
                 .ok_or(Broken::Descriptor(table))?;
-            let descriptor: Descriptor = memory
-                .read_obj(GuestAddress(at))
-                .map_err(|_| Broken::Descriptor(at))?;
+            let descriptor = descriptor(memory, at).ok_or(Broken::Descriptor(at))?;
             let has = |flag: u32| u32::from(descriptor.flags()) & flag != 0;
             if has(VRING_DESC_F_INDIRECT) {
                 let length = descriptor.len();
@@ -297,19 +303,45 @@ impl Ring {
             return Ok(());
         };
         // The last one publishes the used index; the others are written behind its back.
-        for &(head, written) in before {
-            let next = self.queue.next_used();
-            let slot = u64::from(next % self.queue.size());
-            let element = u64::from(written) << 32 | u64::from(head);
-            memory
-                .write_obj(
-                    element.to_le(),
-                    GuestAddress(self.queue.used_ring() + 4 + 8 * slot),
-                )
-                .map_err(|_| Broken::Ring)?;
-            self.queue.set_next_used(next.wrapping_add(1));
+        let mut before = before;
+        while !before.is_empty() {
+            let slot = self.slot(self.queue.next_used());
+            // To the end of the ring at most.
+            let count = before.len().min((u64::from(self.size()) - slot) as usize);
+            let (now, later) = before.split_at(count);
+            self.write_used(memory, slot, now).ok_or(Broken::Ring)?;
+            let next = self.queue.next_used().wrapping_add(count as u16);
+            self.queue.set_next_used(next);
+            before = later;
         }
         self.push(memory, head, written)
+    }
+
+    /// Writes neighbouring elements of the used ring.
+    fn write_used<M: GuestMemory>(
+        &self,
+        memory: &M,
+        slot: u64,
+        elements: &[(u16, u32)],
+    ) -> Option<()> {
+        let at = GuestAddress(self.queue.used_ring() + 4 + 8 * slot);
+        let length = 8 * elements.len();
+        let whole = memory
+            .get_slices(at, length, Permissions::Write)
+            .ok()?
+            .next()?
+            .ok()?;
+        for (offset, &(head, written)) in (0..).step_by(8).zip(elements) {
+            let (head, written) = (u32::from(head).to_le(), written.to_le());
+            if whole.len() == length {
+                whole.store(head, offset, Ordering::Relaxed).ok()?;
+                whole.store(written, offset + 4, Ordering::Relaxed).ok()?;
+            } else {
+                let at = GuestAddress(at.0 + offset as u64);
+                memory.write_obj([head, written], at).ok()?;
+            }
+        }
+        Some(())
     }
 
     /// Whether the driver wants an interrupt for what was pushed since the last call.
@@ -360,6 +392,27 @@ impl Ring {
             .disable_notification(memory)
             .map_err(|_| Broken::Ring)
     }
+}
+
+/// Reads a descriptor. Tables are aligned, but for indirect ones of strange drivers.
+#[inline]
+fn descriptor<M: GuestMemory>(memory: &M, at: u64) -> Option<Descriptor> {
+    let at = GuestAddress(at);
+    let slice = memory
+        .get_slices(at, 16, Permissions::Read)
+        .ok()?
+        .next()?
+        .ok()?;
+    let word = |offset| {
+        slice
+            .load::<u64>(offset, Ordering::Relaxed)
+            .map(u64::from_le)
+    };
+    let (Ok(address), Ok(rest)) = (word(0), word(8)) else {
+        return memory.read_obj(at).ok();
+    };
+    let (length, flags, next) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
+    Some(Descriptor::new(address, length, flags, next))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use zerocopy::FromBytes;
 
-use crate::backend::{Access, InvalidationRange, Stage1};
+use crate::backend::{Access, InvalidationRange, Mapping, Stage1};
 use crate::spec::virtio_iommu::{
     ReqAttach, ReqAttachPgtVtd, ReqDetach, ReqHead, ReqInvalidate, ReqMap, ReqProbe, ReqUnmap,
     Status, attach_flag, feature, fl_flag, inval_flag, inval_granularity, map_flag, req_type,
@@ -84,6 +84,20 @@ pub struct Map {
     pub mmio: bool,
 }
 
+impl Map {
+    /// The mapping, of a request whose addresses are in order and do not wrap.
+    #[inline]
+    pub(super) fn mapping(&self) -> Mapping {
+        Mapping {
+            iova: Iova(self.virt_start),
+            gpa: Gpa(self.phys_start),
+            length: self.virt_end.wrapping_sub(self.virt_start).wrapping_add(1),
+            access: self.access,
+            mmio: self.mmio,
+        }
+    }
+}
+
 /// Remove all mappings in `virt_start..=virt_end`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unmap {
@@ -127,6 +141,7 @@ impl Malformed {
 ///
 /// # Errors
 /// [`Malformed`]; nothing may happen then.
+#[inline]
 pub fn decode(readable: &[u8], features: u64) -> Result<Request, Malformed> {
     let has = |bit| features & bit != 0;
     let (head, _) = ReqHead::ref_from_prefix(readable).map_err(|_| Malformed::Unrecognised)?;

@@ -5,10 +5,8 @@ use std::collections::BTreeMap;
 
 use super::decode::{Attach, Detach, Map, Mode, Unmap};
 use super::mappings::{Mappings, Removed};
-use crate::backend::Mapping;
 use crate::reserved::Regions;
 use crate::spec::virtio_iommu::Status;
-use crate::{Gpa, Iova};
 
 /// What requests are checked against; frozen when the device is made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -222,11 +220,11 @@ impl State {
         }
     }
 
-    /// Does a MAP. Returns what was mapped.
+    /// Does a MAP.
     ///
     /// # Errors
     /// What the guest is told; nothing is changed then.
-    pub fn map(&mut self, request: &Map) -> Result<Mapping, Status> {
+    pub fn map(&mut self, request: &Map) -> Result<(), Status> {
         let rules = &self.rules;
         let domain = self.domains.get_mut(&request.domain).ok_or(Status::NoEnt)?;
         if domain.mode != Mode::Mapped {
@@ -250,23 +248,16 @@ impl State {
         if domain.reserved.overlapping(first, last).is_some() {
             return Err(Status::Inval);
         }
-        let mapping = Mapping {
-            iova: Iova(first),
-            gpa: Gpa(request.phys_start),
-            length: last - first + 1,
-            access: request.access,
-            mmio: request.mmio,
-        };
         if self.mappings >= rules.mappings || domain.mappings.len() >= rules.domain_mappings {
             let free = !domain.mappings.any_in(first, last);
             return Err(if free { Status::NoMem } else { Status::Inval });
         }
         domain
             .mappings
-            .insert(&mapping)
+            .insert(&request.mapping())
             .map_err(|_| Status::Inval)?;
         self.mappings += 1;
-        Ok(mapping)
+        Ok(())
     }
 
     /// Does an UNMAP. Returns what was removed.

@@ -213,7 +213,8 @@ impl Engine {
             replies.push(Reply::Nothing);
             return;
         }
-        let status = match decode(chain.readable, self.features) {
+        // Used where it is: copying it at once would wait for its words to be written.
+        let status = match &decode(chain.readable, self.features) {
             Err(Malformed::Unrecognised) => {
                 replies.push(Reply::Nothing);
                 return;
@@ -224,19 +225,19 @@ impl Engine {
             }
             Err(Malformed::Invalid) => Status::Inval,
             Ok(Request::Probe { endpoint }) => {
-                replies.push(self.probe(Some(endpoint), chain.writable));
+                replies.push(self.probe(Some(*endpoint), chain.writable));
                 return;
             }
             Ok(Request::Map(request)) => return self.map(request, replies),
             Ok(Request::Unmap(request)) => return self.unmap(request, replies),
-            Ok(Request::Invalidate(request)) => self.invalidate(&request),
+            Ok(Request::Invalidate(request)) => self.invalidate(request),
             Ok(Request::Attach(request)) => {
                 self.flush(replies);
-                self.attach(&request)
+                self.attach(request)
             }
             Ok(Request::Detach(request)) => {
                 self.flush(replies);
-                self.detach(&request)
+                self.detach(request)
             }
         };
         replies.push(Reply::tail(status));
@@ -308,7 +309,7 @@ impl Engine {
         Status::Ok
     }
 
-    fn map(&mut self, request: Map, replies: &mut Vec<Reply>) {
+    fn map(&mut self, request: &Map, replies: &mut Vec<Reply>) {
         match self.pending {
             Pending::Maps(domain) if domain == request.domain && self.maps.len() < BATCH => {}
             _ => {
@@ -316,28 +317,30 @@ impl Engine {
                 self.pending = Pending::Maps(request.domain);
             }
         }
-        let status = match self.state.map(&request) {
-            Ok(mapping) => {
-                self.batch.extend(told(mapping));
+        let status = match self.state.map(request) {
+            Ok(()) => {
+                if told(&request.mapping()) {
+                    self.batch.push(request.mapping());
+                }
                 Status::Ok
             }
             Err(status) => status,
         };
-        self.maps.push((replies.len(), request));
+        self.maps.push((replies.len(), *request));
         replies.push(Reply::tail(status));
     }
 
-    fn unmap(&mut self, request: Unmap, replies: &mut Vec<Reply>) {
+    fn unmap(&mut self, request: &Unmap, replies: &mut Vec<Reply>) {
         if let Pending::Maps(_) = self.pending {
             self.flush(replies);
         }
-        match self.state.unmap(&request) {
+        match self.state.unmap(request) {
             Err(status) => replies.push(Reply::tail(status)),
             Ok(removed) if removed.mappings == 0 => replies.push(Reply::tail(Status::Ok)),
             Ok(_) => {
                 let (domain, mut first, mut last) =
                     (request.domain, request.virt_start, request.virt_end);
-                if let Some(both) = self.joined(&request) {
+                if let Some(both) = self.joined(request) {
                     (first, last) = both;
                 } else {
                     self.flush(replies);
@@ -406,9 +409,11 @@ impl Engine {
             let (at, request) = self.maps[n];
             let status = match self.state.map(&request) {
                 Err(status) => status,
-                Ok(mapping) => {
+                Ok(()) => {
                     self.batch.clear();
-                    self.batch.extend(told(mapping));
+                    if told(&request.mapping()) {
+                        self.batch.push(request.mapping());
+                    }
                     match self.tell(request.domain) {
                         Ok(()) => Status::Ok,
                         Err(refused) => {
@@ -531,7 +536,7 @@ impl Engine {
         let id = backend.create_domain()?;
         let mut chunk = Vec::with_capacity(BATCH);
         if let Some(domain) = self.state.domain(domain) {
-            let mut mappings = domain.mappings.iter().filter_map(told).peekable();
+            let mut mappings = domain.mappings.iter().filter(told).peekable();
             while mappings.peek().is_some() {
                 chunk.clear();
                 chunk.extend(mappings.by_ref().take(BATCH));
@@ -644,9 +649,9 @@ impl Engine {
     }
 }
 
-/// What a back end is told of a mapping: nothing, if it allows nothing.
-fn told(mapping: Mapping) -> Option<Mapping> {
-    (mapping.access.read || mapping.access.write).then_some(mapping)
+/// Whether a back end is told of a mapping: not if it allows nothing.
+fn told(mapping: &Mapping) -> bool {
+    mapping.access.read || mapping.access.write
 }
 
 /// Takes back a MAP that was done.
