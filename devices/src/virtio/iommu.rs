@@ -49,7 +49,6 @@ struct Requests {
     ram: GuestRam,
     interrupt: Arc<dyn VirtioInterrupt>,
     chain: Chain,
-    /// Room for [`BATCH`] requests.
     batch: Vec<Fetched>,
     /// Where the replies of `batch` go.
     writable: Vec<Buffer>,
@@ -57,16 +56,26 @@ struct Requests {
     used: Vec<(u16, u32)>,
 }
 
-/// A request that was fetched from memory.
-#[derive(Clone)]
+/// A request that was fetched, and is not answered yet.
 struct Fetched {
     head: u16,
-    readable: [u8; MAX_READABLE],
-    readable_length: usize,
-    /// Bytes that a reply can have.
-    room: usize,
-    /// Its part of `writable` ends here.
+    /// Where the buffers of its reply end in `writable`; those of the request before end where
+    /// they begin.
     end: usize,
+}
+
+/// The requests of one batch, fetched when the unit asks for them.
+struct Source<'a> {
+    ring: &'a mut Ring,
+    memory: Flat<'a>,
+    chain: &'a mut Chain,
+    batch: &'a mut Vec<Fetched>,
+    writable: &'a mut Vec<Buffer>,
+    readable: [u8; MAX_READABLE],
+    /// The longest reply.
+    most: usize,
+    /// Why nothing more comes.
+    broken: Option<Broken>,
 }
 
 /// The event queue of an active device.
@@ -182,7 +191,7 @@ impl VirtioDevice for VirtioIommu {
                 ram: ram.clone(),
                 interrupt: Arc::clone(&activation.interrupt),
                 chain: Chain::default(),
-                batch: vec![Fetched::EMPTY; BATCH],
+                batch: Vec::with_capacity(BATCH),
                 writable: Vec::with_capacity(BATCH),
                 replies: Vec::with_capacity(BATCH),
                 used: Vec::with_capacity(BATCH),
@@ -223,76 +232,93 @@ impl VirtioDevice for VirtioIommu {
 impl Requests {
     fn serve(&mut self, unit: &Iommu) -> Result<(), Broken> {
         for _ in 0..MOST_BATCHES {
-            let count = self.fetch(unit)?;
-            if count == 0 {
+            self.batch.clear();
+            self.writable.clear();
+            let mut source = Source {
+                ring: &mut self.ring,
+                memory: Flat::new(&self.ram),
+                chain: &mut self.chain,
+                batch: &mut self.batch,
+                writable: &mut self.writable,
+                readable: [0; MAX_READABLE],
+                most: unit.longest_reply(),
+                broken: None,
+            };
+            unit.serve_each(&mut source, &mut self.replies);
+            let broken = source.broken;
+            self.answer()?;
+            if let Some(broken) = broken {
+                return Err(broken);
+            }
+            if self.batch.is_empty() {
                 return Ok(());
             }
-            let served = self.batch[..count].iter().map(|fetched| Request {
-                readable: &fetched.readable[..fetched.readable_length],
-                writable: fetched.room,
-            });
-            unit.serve(served, &mut self.replies);
-            self.answer(count)?;
         }
         Ok(())
     }
 
-    /// Fetches requests to the front of `batch`. None left means that the driver will kick.
-    fn fetch(&mut self, unit: &Iommu) -> Result<usize, Broken> {
-        let access = Flat::new(&self.ram);
-        let most = unit.longest_reply();
-        let mut count = 0;
-        self.writable.clear();
-        while let Some(fetched) = self.batch.get_mut(count) {
-            if self.ring.pop(&access, &mut self.chain)? {
-                fetched.fetch(&self.chain, &access, most);
-                self.writable.extend_from_slice(&self.chain.writable);
-                fetched.end = self.writable.len();
-                count += 1;
-            } else if count > 0 || !self.ring.enable_kicks(&access)? {
-                break;
-            }
+    fn answer(&mut self) -> Result<(), Broken> {
+        if self.batch.is_empty() {
+            return Ok(());
         }
-        Ok(count)
-    }
-
-    fn answer(&mut self, count: usize) -> Result<(), Broken> {
-        let access = Flat::new(&self.ram);
+        let memory = Flat::new(&self.ram);
         self.used.clear();
         let mut start = 0;
-        for (fetched, reply) in self.batch[..count].iter().zip(&self.replies) {
+        for (fetched, reply) in self.batch.iter().zip(&self.replies) {
             let buffers = &self.writable[start..fetched.end];
             start = fetched.end;
             // It could be written a moment ago.
-            let used = buffers::copy_out(&access, buffers, reply.bytes()).unwrap_or(0);
+            let used = buffers::copy_out(&memory, buffers, reply.bytes()).unwrap_or(0);
             self.used.push((fetched.head, used as u32));
         }
-        self.ring.push_all(&access, &self.used)?;
-        if self.ring.wants_interrupt(&access)? {
+        self.ring.push_all(&memory, &self.used)?;
+        if self.ring.wants_interrupt(&memory)? {
             self.interrupt.queue(spec::REQUESTQ);
         }
         Ok(())
     }
 }
 
-impl Fetched {
-    const EMPTY: Self = Self {
-        head: 0,
-        readable: [0; MAX_READABLE],
-        readable_length: 0,
-        room: 0,
-        end: 0,
-    };
+impl Source<'_> {
+    /// Pops a chain. None left means that the driver will kick.
+    fn pop(&mut self) -> Result<bool, Broken> {
+        while self.batch.len() < BATCH {
+            if self.ring.pop(&self.memory, self.chain)? {
+                return Ok(true);
+            }
+            if !self.batch.is_empty() || !self.ring.enable_kicks(&self.memory)? {
+                break;
+            }
+        }
+        Ok(false)
+    }
+}
 
-    /// Copies what the device may read, and sees how much of a reply of at most `most` bytes can
-    /// be written. What cannot be accessed is as if it were not there.
+impl viommu::virtio::Requests for Source<'_> {
+    /// Copies what the device may read, and sees how much of a reply can be written. What cannot
+    /// be accessed is as if it were not there.
     #[inline]
-    fn fetch<M: GuestMemory>(&mut self, chain: &Chain, memory: &M, most: usize) {
-        let length = chain.readable_length().min(MAX_READABLE);
-        let fetched = buffers::copy_in(memory, &chain.readable, &mut self.readable[..length]);
-        self.head = chain.head();
-        self.readable_length = if fetched { length } else { 0 };
-        self.room = writable(memory, &chain.writable, most);
+    fn next_chain(&mut self) -> Option<Request<'_>> {
+        match self.pop() {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(broken) => {
+                self.broken = Some(broken);
+                return None;
+            }
+        }
+        let length = self.chain.readable_length().min(MAX_READABLE);
+        let readable = &mut self.readable[..length];
+        let fetched = buffers::copy_in(&self.memory, &self.chain.readable, readable);
+        self.writable.extend_from_slice(&self.chain.writable);
+        self.batch.push(Fetched {
+            head: self.chain.head(),
+            end: self.writable.len(),
+        });
+        Some(Request {
+            readable: if fetched { readable } else { &[] },
+            writable: writable(&self.memory, &self.chain.writable, self.most),
+        })
     }
 }
 

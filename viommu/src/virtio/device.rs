@@ -8,7 +8,7 @@ use super::config::{AddError, Config};
 use super::decode::Mode;
 use super::engine::Engine;
 use super::fault::{FaultCounters, Faults};
-use super::reply::{Chain, Reply};
+use super::reply::{Chain, Fetched, Reply, Requests};
 use crate::Rid;
 use crate::backend::{Backend, Stage1};
 use crate::reserved::{self, Regions};
@@ -173,8 +173,23 @@ impl Iommu {
         requests: impl IntoIterator<Item = Chain<'r>>,
         replies: &mut Vec<Reply>,
     ) {
+        self.serve_each(&mut Fetched::new(requests), replies);
+    }
+
+    /// As [`serve`](Self::serve), of requests that are fetched one by one.
+    pub fn serve_each(&self, requests: &mut impl Requests, replies: &mut Vec<Reply>) {
         replies.clear();
-        self.lock().serve(requests, replies);
+        let mut engine = self.lock();
+        while let Some(chain) = requests.next_chain() {
+            let mut left = engine.serve_one(chain, replies);
+            while let Some(unmap) = left {
+                // Whoever plugs a device or looks at the unit need not wait for all of it.
+                drop(engine);
+                engine = self.lock();
+                left = engine.unmap(&unmap, replies);
+            }
+        }
+        engine.flush(replies);
     }
 
     /// Serves one request.

@@ -265,15 +265,29 @@ impl State {
     /// # Errors
     /// What the guest is told; nothing is changed then.
     pub fn unmap(&mut self, request: &Unmap) -> Result<Removed, Status> {
+        self.unmap_some(request, usize::MAX)
+            .map(|(removed, _)| removed)
+    }
+
+    /// As [`unmap`](Self::unmap), but for about `most` mappings; with where to go on when there
+    /// are more. All of the request is checked.
+    ///
+    /// # Errors
+    /// What the guest is told; nothing is changed then.
+    pub fn unmap_some(
+        &mut self,
+        request: &Unmap,
+        most: usize,
+    ) -> Result<(Removed, Option<u64>), Status> {
         let domain = self.domains.get_mut(&request.domain).ok_or(Status::NoEnt)?;
         if domain.mode != Mode::Mapped || request.virt_end < request.virt_start {
             return Err(Status::Inval);
         }
-        let removed = domain
+        let (removed, rest) = domain
             .mappings
-            .remove(request.virt_start, request.virt_end)
+            .remove_some(request.virt_start, request.virt_end, most)
             .map_err(|_| Status::Range)?;
         self.mappings -= removed.mappings;
-        Ok(removed)
+        Ok((removed, rest))
     }
 }

@@ -25,6 +25,8 @@ use crate::{DomainId, Iova, Rid, Target};
 const BATCH: usize = 256;
 /// Between UNMAPs that may become one call, in bytes.
 const GAP: u64 = 1 << 20;
+/// Mappings that an UNMAP removes, here and in the back ends, before others have a turn.
+const STEP: usize = 4096;
 
 pub(super) struct Engine {
     pub(super) config: Config,
@@ -185,18 +187,6 @@ impl Engine {
         self.drop_homes();
     }
 
-    /// Serves requests that arrived together.
-    pub(super) fn serve<'r>(
-        &mut self,
-        requests: impl IntoIterator<Item = Chain<'r>>,
-        replies: &mut Vec<Reply>,
-    ) {
-        for chain in requests {
-            self.serve_one(chain, replies);
-        }
-        self.flush(replies);
-    }
-
     /// What is in force for an endpoint without a domain.
     fn unattached(&self) -> Translation {
         if self.bypass {
@@ -206,29 +196,40 @@ impl Engine {
         }
     }
 
-    fn serve_one(&mut self, chain: Chain<'_>, replies: &mut Vec<Reply>) {
+    /// Serves one of the requests that arrived together; [`flush`](Self::flush) ends them. What is
+    /// returned is left to be done of an UNMAP, by [`unmap`](Self::unmap): nothing is pending then,
+    /// and others may have their turn before.
+    #[inline]
+    pub(super) fn serve_one(
+        &mut self,
+        chain: Chain<'_>,
+        replies: &mut Vec<Reply>,
+    ) -> Option<Unmap> {
         self.counters.requests += 1;
         let is_probe = chain.readable.first() == Some(&req_type::PROBE);
         if chain.writable < size_of::<spec::ReqTail>() {
             replies.push(Reply::Nothing);
-            return;
+            return None;
         }
         // Used where it is: copying it at once would wait for its words to be written.
         let status = match &decode(chain.readable, self.features) {
             Err(Malformed::Unrecognised) => {
                 replies.push(Reply::Nothing);
-                return;
+                return None;
             }
             Err(Malformed::Invalid) if is_probe => {
                 replies.push(self.probe(None, chain.writable));
-                return;
+                return None;
             }
             Err(Malformed::Invalid) => Status::Inval,
             Ok(Request::Probe { endpoint }) => {
                 replies.push(self.probe(Some(*endpoint), chain.writable));
-                return;
+                return None;
             }
-            Ok(Request::Map(request)) => return self.map(request, replies),
+            Ok(Request::Map(request)) => {
+                self.map(request, replies);
+                return None;
+            }
             Ok(Request::Unmap(request)) => return self.unmap(request, replies),
             Ok(Request::Invalidate(request)) => self.invalidate(request),
             Ok(Request::Attach(request)) => {
@@ -241,6 +242,7 @@ impl Engine {
             }
         };
         replies.push(Reply::tail(status));
+        None
     }
 
     /// Answers a PROBE of `endpoint`; `None` stands for a request that is too short.
@@ -330,27 +332,47 @@ impl Engine {
         replies.push(Reply::tail(status));
     }
 
-    fn unmap(&mut self, request: &Unmap, replies: &mut Vec<Reply>) {
+    /// Does an UNMAP, or a part of it: then the rest is returned, and there is no reply yet.
+    pub(super) fn unmap(&mut self, request: &Unmap, replies: &mut Vec<Reply>) -> Option<Unmap> {
         if let Pending::Maps(_) = self.pending {
             self.flush(replies);
         }
-        match self.state.unmap(request) {
-            Err(status) => replies.push(Reply::tail(status)),
-            Ok(removed) if removed.mappings == 0 => replies.push(Reply::tail(Status::Ok)),
-            Ok(_) => {
-                let (domain, mut first, mut last) =
-                    (request.domain, request.virt_start, request.virt_end);
-                if let Some(both) = self.joined(request) {
-                    (first, last) = both;
-                } else {
+        let (removed, rest) = match self.state.unmap_some(request, STEP) {
+            Err(status) => {
+                replies.push(Reply::tail(status));
+                return None;
+            }
+            Ok(done) => done,
+        };
+        if removed.mappings > 0 {
+            let part = Unmap {
+                virt_end: rest.map_or(request.virt_end, |rest| rest - 1),
+                ..*request
+            };
+            let (first, last) = match self.joined(&part) {
+                Some(both) => both,
+                None => {
                     self.flush(replies);
+                    (part.virt_start, part.virt_end)
                 }
-                self.pending = Pending::Unmaps {
-                    domain,
-                    first,
-                    last,
-                };
+            };
+            self.pending = Pending::Unmaps {
+                domain: request.domain,
+                first,
+                last,
+            };
+        }
+        match rest {
+            None => {
                 replies.push(Reply::tail(Status::Ok));
+                None
+            }
+            Some(virt_start) => {
+                self.flush(replies);
+                Some(Unmap {
+                    virt_start,
+                    ..*request
+                })
             }
         }
     }
@@ -378,7 +400,7 @@ impl Engine {
     }
 
     /// Tells the back ends what is pending, and corrects the replies by what they say.
-    fn flush(&mut self, replies: &mut [Reply]) {
+    pub(super) fn flush(&mut self, replies: &mut [Reply]) {
         match std::mem::replace(&mut self.pending, Pending::Nothing) {
             Pending::Nothing => {}
             Pending::Maps(domain) => {

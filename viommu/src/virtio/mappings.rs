@@ -98,12 +98,30 @@ impl Entry {
     }
 }
 
+/// No leaf.
+const NONE: u32 = u32::MAX;
+
 /// The mappings whose first page is in `from..to`, ascending.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Leaf {
     from: u64,
     to: u64,
+    /// The leaves before and behind this one.
+    left: u32,
+    right: u32,
     entries: Vec<Entry>,
+}
+
+impl Default for Leaf {
+    fn default() -> Self {
+        Self {
+            from: 0,
+            to: 0,
+            left: NONE,
+            right: NONE,
+            entries: Vec::new(),
+        }
+    }
 }
 
 impl Leaf {
@@ -115,6 +133,19 @@ impl Leaf {
     fn before(&self, page: u64) -> usize {
         let limit = page.saturating_mul(1 << LENGTH_HIGH);
         self.entries.partition_point(|e| e.key < limit)
+    }
+
+    /// As [`before`](Self::before), and quick when that is `likely`.
+    #[inline]
+    fn before_likely(&self, page: u64, likely: usize) -> usize {
+        let limit = page.saturating_mul(1 << LENGTH_HIGH);
+        if let Some((below, above)) = self.entries.split_at_checked(likely)
+            && below.last().is_none_or(|e| e.key < limit)
+            && above.first().is_none_or(|e| e.key >= limit)
+        {
+            return likely;
+        }
+        self.before(page)
     }
 }
 
@@ -147,8 +178,9 @@ pub struct Mappings {
     /// Room for the entries of a few leaves, so that work at a bound between two leaves does not
     /// allocate each time.
     rooms: Vec<Vec<Entry>>,
-    /// The leaf that was used last.
+    /// The leaf that was used last, and the place in it where a neighbour would be.
     finger: usize,
+    likely: usize,
     len: usize,
     bytes: u64,
 }
@@ -191,20 +223,20 @@ impl Mappings {
         debug_assert!((mapping.gpa.0 + mapping.length - 1) >> GPA_BITS == 0);
         let entry = Entry::new(mapping);
         if self.leaves.is_empty() {
-            let first = self.add_leaf(0, u64::MAX);
+            let first = self.add_leaf((0, u64::MAX), (NONE, NONE));
             self.directory.insert(0, first);
         }
         let at_leaf = self.seek(entry.page());
         let leaf = &self.leaves[at_leaf];
-        let at = leaf.before(entry.page());
+        let at = leaf.before_likely(entry.page(), self.likely);
         let next = match leaf.entries.get(at) {
             Some(&next) => Some(next),
             None if entry.last() >> PAGE_SHIFT < leaf.to => None,
-            None => self.first_from(leaf.to),
+            None => self.first_of(leaf.right),
         };
         let previous = match at.checked_sub(1) {
             Some(at) => Some(leaf.entries[at]),
-            None => self.last_before(leaf.from),
+            None => self.last_of(leaf.left),
         };
         if next.is_some_and(|e| e.first() <= entry.last())
             || previous.is_some_and(|e| e.last() >= entry.first())
@@ -213,6 +245,7 @@ impl Mappings {
         }
         self.len += 1;
         self.bytes += mapping.length;
+        self.likely = at + 1;
         if leaf.entries.len() < LEAF {
             self.leaves[at_leaf].entries.insert(at, entry);
         } else {
@@ -226,18 +259,34 @@ impl Mappings {
     /// # Errors
     /// [`Split`] when a mapping is only partly in the range; nothing is changed then.
     pub fn remove(&mut self, first: u64, last: u64) -> Result<Removed, Split> {
+        self.remove_some(first, last, usize::MAX)
+            .map(|(removed, _)| removed)
+    }
+
+    /// As [`remove`](Self::remove), but for about `most` mappings (a whole leaf of them more at
+    /// most), from the lowest on. With them: where to go on, when there are more. What is checked
+    /// is the whole range.
+    ///
+    /// # Errors
+    /// As of [`remove`](Self::remove).
+    pub fn remove_some(
+        &mut self,
+        first: u64,
+        last: u64,
+        most: usize,
+    ) -> Result<(Removed, Option<u64>), Split> {
         let mut removed = Removed::default();
         if self.leaves.is_empty() || last < first {
-            return Ok(removed);
+            return Ok((removed, None));
         }
         // Only the mappings at both ends can reach out.
         let mut from = first.div_ceil(1 << PAGE_SHIFT);
         let at_leaf = self.seek(from);
         let leaf = &self.leaves[at_leaf];
-        let at = leaf.before(from);
+        let at = leaf.before_likely(from, self.likely);
         let previous = match at.checked_sub(1) {
             Some(at) => Some(leaf.entries[at]),
-            None => self.last_before(leaf.from),
+            None => self.last_of(leaf.left),
         };
         if previous.is_some_and(|e| e.last() >= first) {
             return Err(Split);
@@ -248,39 +297,45 @@ impl Mappings {
         {
             let had = leaf.entries.len();
             self.leaves[at_leaf].entries.remove(at);
+            self.likely = at;
             self.settle(at_leaf, had);
             self.len -= 1;
             self.bytes -= entry.length();
-            return Ok(Removed {
-                mappings: 1,
-                bytes: entry.length(),
-            });
+            removed.mappings = 1;
+            removed.bytes = entry.length();
+            return Ok((removed, None));
         }
         let end = match self.last_at(last) {
-            Some(e) if e.first() < first => return Ok(removed),
+            Some(e) if e.first() < first => return Ok((removed, None)),
             Some(e) if e.last() > last => return Err(Split),
             Some(e) => e.page(),
-            None => return Ok(removed),
+            None => return Ok((removed, None)),
         };
-        loop {
+        let rest = loop {
             let at_leaf = self.seek(from);
             let leaf = &mut self.leaves[at_leaf];
             let (low, high) = (leaf.before(from), leaf.before(end + 1));
             let had = leaf.entries.len();
+            let mut reached = 0;
             for entry in leaf.entries.drain(low..high) {
                 removed.bytes += entry.length();
+                reached = entry.last() + 1;
             }
             removed.mappings += high - low;
             let next = leaf.to;
             self.settle(at_leaf, had);
             if next > end {
-                break;
+                break None;
             }
             from = next;
-        }
+            if removed.mappings >= most {
+                // A mapping may reach into the addresses of the next leaf.
+                break Some(reached.max(from << PAGE_SHIFT));
+            }
+        };
         self.len -= removed.mappings;
         self.bytes -= removed.bytes;
-        Ok(removed)
+        Ok((removed, rest))
     }
 
     /// The leaf that `page` belongs to. There is one.
@@ -307,40 +362,29 @@ impl Mappings {
         let leaf = self.leaves.get(self.find(page))?;
         match leaf.before(page + 1).checked_sub(1) {
             Some(at) => Some(leaf.entries[at]),
-            None => self.last_before(leaf.from),
+            None => self.last_of(leaf.left),
         }
     }
 
-    /// The last mapping of the leaf before the one that starts at `from`.
-    fn last_before(&self, from: u64) -> Option<Entry> {
-        self.leaves[self.left_of(from)?].entries.last().copied()
+    fn last_of(&self, leaf: u32) -> Option<Entry> {
+        self.leaves.get(leaf as usize)?.entries.last().copied()
     }
 
-    /// The first mapping of the leaf that starts at `from`.
-    fn first_from(&self, from: u64) -> Option<Entry> {
-        let &leaf = self.directory.get(&from)?;
-        self.leaves[leaf].entries.first().copied()
+    fn first_of(&self, leaf: u32) -> Option<Entry> {
+        self.leaves.get(leaf as usize)?.entries.first().copied()
     }
 
-    fn left_of(&self, from: u64) -> Option<usize> {
-        if from == 0 {
-            return None;
-        }
-        self.directory
-            .range(..from)
-            .next_back()
-            .map(|(_, &leaf)| leaf)
-    }
-
-    /// A new leaf, which is still to be put into the directory.
-    fn add_leaf(&mut self, from: u64, to: u64) -> usize {
+    /// A new leaf between two, which is still to be put into the directory.
+    fn add_leaf(&mut self, (from, to): (u64, u64), (left, right): (u32, u32)) -> usize {
         let room = self.rooms.pop();
         let leaf = Leaf {
             from,
             to,
+            left,
+            right,
             entries: room.unwrap_or_else(|| Vec::with_capacity(LEAF)),
         };
-        match self.spare.pop() {
+        let at = match self.spare.pop() {
             Some(at) => {
                 self.leaves[at] = leaf;
                 at
@@ -349,6 +393,19 @@ impl Mappings {
                 self.leaves.push(leaf);
                 self.leaves.len() - 1
             }
+        };
+        self.link(left, at as u32);
+        self.link(at as u32, right);
+        at
+    }
+
+    /// Makes two leaves neighbours; one of them may be [`NONE`].
+    fn link(&mut self, left: u32, right: u32) {
+        if let Some(leaf) = self.leaves.get_mut(left as usize) {
+            leaf.right = right;
+        }
+        if let Some(leaf) = self.leaves.get_mut(right as usize) {
+            leaf.left = left;
         }
     }
 
@@ -358,30 +415,31 @@ impl Mappings {
     fn insert_into_full(&mut self, at_leaf: usize, at: usize, entry: Entry) {
         let leaf = &mut self.leaves[at_leaf];
         let (from, to) = (leaf.from, leaf.to);
+        let (before, this, behind) = (leaf.left, at_leaf as u32, leaf.right);
         if at == 0 {
             let bound = leaf.entries[0].page();
             leaf.from = bound;
             self.directory.insert(bound, at_leaf);
-            self.finger = self.add_leaf(from, bound);
+            self.finger = self.add_leaf((from, bound), (before, this));
             self.directory.insert(from, self.finger);
             self.leaves[self.finger].entries.push(entry);
             return;
         }
         if at == LEAF {
             leaf.to = entry.page();
-            self.finger = self.add_leaf(entry.page(), to);
+            self.finger = self.add_leaf((entry.page(), to), (this, behind));
+            self.likely = 1;
             self.directory.insert(entry.page(), self.finger);
             self.leaves[self.finger].entries.push(entry);
             return;
         }
-        let next = self.directory.get(&to).copied();
-        let roomy = |&next: &usize| self.leaves[next].entries.len() <= LEAF * 3 / 4;
-        let right = match next.filter(roomy) {
-            Some(next) => {
+        let next = self.leaves.get(behind as usize);
+        let right = match next.is_some_and(|next| next.entries.len() <= LEAF * 3 / 4) {
+            true => {
                 self.directory.remove(&to);
-                next
+                behind as usize
             }
-            None => self.add_leaf(to, to),
+            false => self.add_leaf((to, to), (this, behind)),
         };
         let Ok([left, right_leaf]) = self.leaves.get_disjoint_mut([at_leaf, right]) else {
             return;
@@ -406,18 +464,18 @@ impl Mappings {
     /// fit in one. Looked at once per eight mappings removed, since it costs a search.
     fn settle(&mut self, at_leaf: usize, had: usize) {
         let leaf = &self.leaves[at_leaf];
-        let (has, from, to) = (leaf.entries.len(), leaf.from, leaf.to);
+        let (has, left, right) = (leaf.entries.len(), leaf.left, leaf.right);
         if has > LEAF / 2 || (has > 0 && had / 8 == has / 8) {
             return;
         }
-        let fits = |other: usize| {
-            let both = has + self.leaves[other].entries.len();
-            both <= MERGED || has == 0
+        let fits = |other: u32| {
+            let other = self.leaves.get(other as usize);
+            other.is_some_and(|other| has == 0 || has + other.entries.len() <= MERGED)
         };
-        if let Some(left) = self.left_of(from).filter(|&l| fits(l)) {
-            self.join(left, at_leaf);
-        } else if let Some(right) = self.directory.get(&to).copied().filter(|&r| fits(r)) {
-            self.join(at_leaf, right);
+        if fits(left) {
+            self.join(left as usize, at_leaf);
+        } else if fits(right) {
+            self.join(at_leaf, right as usize);
         }
     }
 
@@ -426,8 +484,13 @@ impl Mappings {
         self.directory.remove(&gone.from);
         self.spare.push(right);
         let leaf = &mut self.leaves[left];
+        // The place of what was removed from the right one, now here.
+        if self.finger == right {
+            self.likely += leaf.entries.len();
+        }
         leaf.entries.extend_from_slice(&gone.entries);
         leaf.to = gone.to;
+        self.link(left as u32, gone.right);
         self.finger = left;
         if self.rooms.len() < ROOMS {
             gone.entries.clear();
@@ -474,8 +537,13 @@ mod tests {
             assert!(pair[0].iova.0 + pair[0].length <= pair[1].iova.0);
         }
         let mut from = 0;
+        let mut before = NONE;
         for (&key, &at) in &store.directory {
             let leaf = &store.leaves[at];
+            assert_eq!(leaf.left, before);
+            before = at as u32;
+            assert_eq!(store.directory.get(&leaf.to).is_none(), leaf.right == NONE);
+            assert!(leaf.right == NONE || store.leaves[leaf.right as usize].left == before);
             assert_eq!((key, key), (from, leaf.from));
             assert!(leaf.entries.iter().all(|e| leaf.holds(e.page())));
             assert!(!leaf.entries.is_empty() || store.directory.len() == 1);
@@ -560,6 +628,32 @@ mod tests {
             (store.len(), store.bytes(), store.directory.len()),
             (0, 0, 1)
         );
+    }
+
+    #[test]
+    fn a_wide_removal_can_be_done_in_steps_and_is_checked_before_the_first() {
+        let mut store = Mappings::default();
+        for page in 0..1000 {
+            store.insert(&pages(page * 2, 2)).unwrap();
+        }
+        let (first, last) = (100 * PAGE, 1500 * PAGE - 1);
+        assert!(store.remove_some(first, last + PAGE, 100).is_err());
+        assert_eq!(store.len(), 1000);
+        let (mut from, mut steps, mut removed) = (Some(first), 0, 0);
+        while let Some(first) = from {
+            let (some, rest) = store.remove_some(first, last, 100).unwrap();
+            assert!(some.mappings < 100 + LEAF);
+            removed += some.mappings;
+            assert!(
+                rest.is_none_or(|rest| rest % (2 * PAGE) == 0),
+                "between mappings"
+            );
+            from = rest;
+            steps += 1;
+            check(&store);
+        }
+        assert_eq!((removed, store.len()), (700, 300));
+        assert!(steps > 4, "{steps}");
     }
 
     #[derive(Clone, Debug)]

@@ -17,7 +17,7 @@ pub mod viot;
 pub use config::{AddError, Config, ConfigError};
 pub use device::{Counters, DomainSnapshot, EndpointSnapshot, Iommu, Snapshot};
 pub use fault::FaultCounters;
-pub use reply::{Chain, Reply};
+pub use reply::{Chain, Reply, Requests};
 
 #[cfg(test)]
 mod table_tests;

@@ -1,5 +1,7 @@
 //! A request as the transport brings it, and what goes back into its device-writable part.
 
+use std::marker::PhantomData;
+
 use zerocopy::IntoBytes;
 
 use crate::spec::virtio_iommu::{ReqTail, Status};
@@ -13,6 +15,28 @@ pub struct Chain<'r> {
     /// The length of the device-writable part in bytes, all of which can be written: a transport
     /// checks that before anything is done.
     pub writable: usize,
+}
+
+/// Requests that arrived together. A transport may fetch each when it is asked for it, all to the
+/// same place.
+pub trait Requests {
+    /// The next one.
+    fn next_chain(&mut self) -> Option<Chain<'_>>;
+}
+
+/// Requests that are all there.
+pub(super) struct Fetched<'r, I>(I, PhantomData<&'r [u8]>);
+
+impl<'r, I: Iterator<Item = Chain<'r>>> Fetched<'r, I> {
+    pub(super) fn new(chains: impl IntoIterator<Item = Chain<'r>, IntoIter = I>) -> Self {
+        Self(chains.into_iter(), PhantomData)
+    }
+}
+
+impl<'r, I: Iterator<Item = Chain<'r>>> Requests for Fetched<'r, I> {
+    fn next_chain(&mut self) -> Option<Chain<'_>> {
+        self.0.next()
+    }
 }
 
 /// What to write to the front of the device-writable part. Its length is the used length.

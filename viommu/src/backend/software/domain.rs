@@ -92,16 +92,18 @@ impl Mappings {
             return None;
         }
         // Only the last mapping that starts inside can reach out of the range: they do not overlap.
-        let inside = self.by_iova.range(range.clone());
-        let inside = inside.take_while(|(_, to)| to.last <= *range.end());
-        let doomed: Vec<(u64, u64)> = inside.take(most).map(|(&f, to)| (f, to.last)).collect();
-        let (first, last) = (doomed.first()?.0, doomed.last()?.1);
-        let mut bytes = 0;
-        for (first, last) in doomed {
+        let mut removed: Option<(u64, RangeInclusive<u64>)> = None;
+        for _ in 0..most {
+            let next = self.by_iova.range(range.clone()).next();
+            let Some((&first, to)) = next.filter(|(_, to)| to.last <= *range.end()) else {
+                break;
+            };
+            let last = to.last;
             self.by_iova.remove(&first);
-            bytes += last - first + 1;
+            let (bytes, all) = removed.unwrap_or((0, first..=last));
+            removed = Some((bytes + (last - first + 1), *all.start()..=last));
         }
-        Some((bytes, first..=last))
+        removed
     }
 }
 

@@ -437,11 +437,12 @@ impl Backend for Engine {
 
     fn destroy_domain(&self, domain: DomainId) {
         let mut drain = Drain::default();
+        // Its mappings may be many: they are freed at the end, when no lock is held.
+        let gone;
         {
             let _control = lock(&self.shared.control);
-            let Some(gone) = write(&self.shared.domains).remove(&domain) else {
-                return;
-            };
+            gone = write(&self.shared.domains).remove(&domain);
+            let Some(gone) = &gone else { return };
             // `control` keeps targets from joining it.
             let users = lock(&gone.users).clone();
             for state in users {
