@@ -542,7 +542,7 @@ mod tests {
             let leaf = &store.leaves[at];
             assert_eq!(leaf.left, before);
             before = at as u32;
-            assert_eq!(store.directory.get(&leaf.to).is_none(), leaf.right == NONE);
+            assert_eq!(store.directory.contains_key(&leaf.to), leaf.right != NONE);
             assert!(leaf.right == NONE || store.leaves[leaf.right as usize].left == before);
             assert_eq!((key, key), (from, leaf.from));
             assert!(leaf.entries.iter().all(|e| leaf.holds(e.page())));

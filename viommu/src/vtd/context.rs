@@ -1,7 +1,12 @@
 //! Decoding root and context entries of guest memory (chapter 9.1 to 9.4): pure, and bounded to
 //! one root and one context entry.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use std::sync::atomic::Ordering;
+
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    MemoryRegionAddress,
+};
 
 use super::capabilities::Offer;
 use crate::backend::{Stage2, Translation};
@@ -60,10 +65,20 @@ pub(super) enum Context {
 }
 
 /// Guest memory as the decoders read it: RAM only, so that a table in MMIO cannot be read.
+#[inline]
 pub(super) fn read_words<const N: usize>(ram: &GuestMemoryMmap<()>, at: u64) -> Option<[u64; N]> {
+    // What tables hold is aligned and in one region; everything else takes the long way.
+    let at = GuestAddress(at);
+    let region = ram.find_region(at)?;
+    let offset = MemoryRegionAddress(at.0 - region.start_addr().0);
+    if let Ok(slice) = region.get_slice(offset, N * 8)
+        && slice.load::<u64>(0, Ordering::Relaxed).is_ok()
+    {
+        let word = |n| slice.load(n * 8, Ordering::Relaxed).map_or(0, u64::from_le);
+        return Some(std::array::from_fn(word));
+    }
     let mut words = [[0u8; 8]; N];
-    ram.read_slice(words.as_flattened_mut(), GuestAddress(at))
-        .ok()?;
+    ram.read_slice(words.as_flattened_mut(), at).ok()?;
     Some(words.map(u64::from_le_bytes))
 }
 
@@ -77,7 +92,8 @@ pub(super) fn decode(
     match root.mode() {
         TranslationTableMode::Legacy => legacy(ram, offer, root, rid).map(Context::Legacy),
         TranslationTableMode::Scalable if offer.ecap.smts() => {
-            scalable(ram, offer, root, rid).map(Context::Scalable)
+            let words = read_scalable(ram, root, rid)?;
+            scalable(offer, words).map(Context::Scalable)
         }
         _ => Err(Problem {
             reason: FaultReason::RootTableAddressInvalid,
@@ -140,12 +156,12 @@ fn second_stage(root: u64, width: u8, ad: bool) -> Translation {
     })
 }
 
-fn scalable(
+/// Reads the scalable-mode context entry of `rid`.
+pub(super) fn read_scalable(
     ram: &GuestMemoryMmap<()>,
-    offer: &Offer,
     root: Rtaddr,
     rid: Rid,
-) -> Result<ScalableContext, Problem> {
+) -> Result<[u64; 4], Problem> {
     let fault = |reason| Problem { reason, fpd: false };
     let devfn = u64::from(rid.devfn());
     let at = root.address() + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
@@ -162,8 +178,12 @@ fn scalable(
     }
 
     let at = entry.context_table() + (devfn & 0x7f) * SCALABLE_CONTEXT_ENTRY_SIZE;
-    let [low_bits, high_bits, rest @ ..]: [u64; 4] =
-        read_words(ram, at).ok_or(fault(FaultReason::ScalableContextTableAccess))?;
+    read_words(ram, at).ok_or(fault(FaultReason::ScalableContextTableAccess))
+}
+
+/// Decodes a scalable-mode context entry.
+pub(super) fn scalable(offer: &Offer, words: [u64; 4]) -> Result<ScalableContext, Problem> {
+    let [low_bits, high_bits, rest @ ..] = words;
     let low = ScalableContextLow::from_bits(low_bits);
     let high = ScalableContextHigh::from_bits(high_bits);
     let fpd = low.fpd();

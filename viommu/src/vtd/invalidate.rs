@@ -142,17 +142,21 @@ impl Invalidations {
                 .read_slice(chunk, at)
                 .map_err(|_| QueueError::Fetch)?;
             for bytes in chunk.chunks_exact(size as usize) {
-                let decoded = descriptor::decode(words(bytes), offered)?;
-                self.obey(decoded, targets, around);
+                // Obeyed where it is: copying it at once would wait for its words to be written.
+                match &descriptor::decode(words(bytes), offered) {
+                    Ok(decoded) => self.obey(decoded, targets, around),
+                    Err(error) => return Err(*error),
+                }
                 registers.head = ring.next(registers.head);
             }
         }
         Ok(())
     }
 
-    fn obey(&mut self, descriptor: Descriptor, targets: &mut Targets, around: &Surroundings) {
+    #[inline]
+    fn obey(&mut self, descriptor: &Descriptor, targets: &mut Targets, around: &Surroundings) {
         let counts = &mut self.counts;
-        match descriptor {
+        match *descriptor {
             Descriptor::ContextCache(scope) => {
                 counts.context_cache += 1;
                 targets.invalidate_contexts(around.view, scope);
@@ -258,12 +262,11 @@ fn store(ram: &GuestMemoryMmap<()>, at: u64, data: u32) -> bool {
 }
 
 /// The words of a descriptor of 16 or 32 bytes.
+#[inline]
 fn words(bytes: &[u8]) -> Words {
-    let mut words = [0; 4];
-    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-        let mut raw = [0; 8];
-        raw.copy_from_slice(bytes);
-        *word = u64::from_le_bytes(raw);
+    match *bytes.as_chunks::<8>().0 {
+        [a, b, c, d] => [a, b, c, d].map(u64::from_le_bytes),
+        [a, b, ..] => [u64::from_le_bytes(a), u64::from_le_bytes(b), 0, 0],
+        _ => [0; 4],
     }
-    words
 }

@@ -54,6 +54,17 @@ pub(super) fn decode(
     context: &ScalableContext,
     pasid: u32,
 ) -> Result<Entry, Problem> {
+    let (words, fpd) = read(ram, context, pasid)?;
+    entry(offer, words, fpd)
+}
+
+/// Reads the entry of `pasid`, and FPD down to it.
+#[inline]
+pub(super) fn read(
+    ram: &GuestMemoryMmap<()>,
+    context: &ScalableContext,
+    pasid: u32,
+) -> Result<([u64; 8], bool), Problem> {
     let fpd = context.fpd;
     let fault = |reason| Problem { reason, fpd };
     if pasid >= context.pasids {
@@ -71,7 +82,7 @@ pub(super) fn decode(
         reason: FaultReason::PasidTableAccess,
         fpd,
     })?;
-    entry(offer, words, fpd)
+    Ok((words, fpd))
 }
 
 /// The PASID table that a directory entry names, and FPD down to it.

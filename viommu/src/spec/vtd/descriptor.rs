@@ -411,6 +411,7 @@ pub struct Offered {
 /// # Errors
 /// [`QueueError::Type`] for a type that is unknown or not offered, [`QueueError::Reserved`] for a
 /// reserved bit, granularity or mask.
+#[inline]
 pub const fn decode(words: Words, offered: Offered) -> Result<Descriptor, QueueError> {
     let [low, high, upper0, upper1] = words;
     let header = Header::from_bits(low);

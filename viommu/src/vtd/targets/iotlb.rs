@@ -8,6 +8,7 @@ use crate::{Iova, Pasid, Target};
 
 impl Targets {
     /// An IOTLB invalidation (6.5.2.3).
+    #[inline]
     pub(in crate::vtd) fn invalidate_iotlb(&mut self, scope: IotlbScope) {
         let (did, range) = match scope {
             IotlbScope::Global => return self.invalidate_everything(),
@@ -24,6 +25,7 @@ impl Targets {
     }
 
     /// A PASID-based IOTLB invalidation (6.5.2.4): first-stage and nested translations.
+    #[inline]
     pub(in crate::vtd) fn invalidate_pasid_iotlb(&mut self, did: u16, pasid: u32, range: Range) {
         self.invalidate_tags(did, pasid..=pasid, |stages| match (range, stages) {
             // PASID-selective means all that is cached for it, whatever translates it.
@@ -34,6 +36,7 @@ impl Targets {
     }
 
     /// A device-TLB invalidation (6.5.2.5, 6.5.2.6): `None` means all PASIDs, and no PASID.
+    #[inline]
     pub(in crate::vtd) fn invalidate_device(&mut self, scope: Scope, range: Range) {
         let (Scope::Endpoint(rid) | Scope::Target(Target { endpoint: rid, .. })) = scope else {
             return;
@@ -57,6 +60,7 @@ impl Targets {
         });
     }
 
+    #[inline]
     pub(super) fn each_backend(&mut self, invalidation: Invalidation) {
         for index in 0..self.slots.len() {
             self.collect(index, invalidation);
@@ -65,6 +69,7 @@ impl Targets {
 
     /// Invalidates the targets of a domain whose tag has a PASID in `pasids`, with the range that
     /// `how` gives for what translates them.
+    #[inline]
     pub(super) fn invalidate_tags(
         &mut self,
         did: u16,
@@ -85,6 +90,16 @@ impl Targets {
             }
             return;
         }
+        self.invalidate_all_tags((from, to), how);
+    }
+
+    /// As [`invalidate_tags`](Self::invalidate_tags), when the range is not the last one.
+    #[inline(never)]
+    fn invalidate_all_tags(
+        &mut self,
+        (from, to): (Tag, Tag),
+        how: impl Fn(Stages) -> Option<InvalidationRange>,
+    ) {
         // Taken out so that the batches can be filled while the tags are walked.
         let tags = std::mem::take(&mut self.tags);
         let mut named = tags.range(from..=to);
@@ -114,11 +129,13 @@ impl Targets {
         }
     }
 
+    #[inline]
     pub(super) fn collect(&mut self, index: usize, invalidation: Invalidation) {
         self.collect_unflushed(index, invalidation);
         self.flush_if_full(index);
     }
 
+    #[inline]
     pub(super) fn collect_unflushed(&mut self, index: usize, invalidation: Invalidation) {
         if let Some(Some(slot)) = self.slots.get_mut(index) {
             // Linux follows an IOTLB invalidation by the device TLB's of the same range.
@@ -128,6 +145,7 @@ impl Targets {
         }
     }
 
+    #[inline]
     pub(super) fn flush_if_full(&mut self, index: usize) {
         if matches!(self.slots.get(index), Some(Some(slot)) if slot.batch.len() >= BATCH) {
             self.flush_slot(index);
@@ -178,10 +196,10 @@ impl Targets {
             .filter(|target| !matches!(scope, Scope::Target(of) if of != *target))
             .collect();
         for target in stale {
-            let live = self
-                .endpoints
-                .get_mut(&target.endpoint)
-                .and_then(|e| e.live.get_mut(&target.pasid));
+            let live = self.endpoints.get_mut(&target.endpoint).and_then(|e| {
+                e.unsee(target.pasid);
+                e.live.get_mut(&target.pasid)
+            });
             if let Some(Live::Entry { applied, .. }) = live
                 && std::mem::replace(applied, false)
             {

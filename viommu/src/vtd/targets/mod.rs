@@ -15,6 +15,7 @@ use vm_memory::GuestMemoryMmap;
 use super::capabilities::Offer;
 use super::context::{Entry, Problem, ScalableContext};
 use super::fault::Recorded;
+use super::pasid;
 use crate::backend::{Backend, Invalidation, Translation};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::registers::Rtaddr;
@@ -100,8 +101,102 @@ enum Live {
 struct Endpoint {
     backend: usize,
     context: Option<ScalableContext>,
+    /// The entry that `context` was decoded from.
+    context_words: [u64; 4],
+    seen: Seen,
     /// Targets by PASID, `None` for requests without one. What is not here is Blocked.
     live: BTreeMap<Option<Pasid>, Live>,
+}
+
+/// PASID entries that were decoded and are in force: one that is read and is the same again needs
+/// nothing else. By PASID, the youngest of those that share a place.
+#[derive(Default)]
+struct Seen {
+    /// Empty, or [`SEEN`](Self::SEEN) of them.
+    entries: Vec<SeenEntry>,
+}
+
+#[derive(Clone, Copy)]
+struct SeenEntry {
+    /// [`Self::NONE`], or the PASID.
+    pasid: u32,
+    /// FPD above the entry.
+    fpd: bool,
+    words: [u64; 8],
+}
+
+impl SeenEntry {
+    const NONE: Self = Self {
+        pasid: u32::MAX,
+        fpd: false,
+        words: [0; 8],
+    };
+}
+
+impl Seen {
+    const SEEN: usize = 128;
+
+    fn place(pasid: u32) -> usize {
+        pasid as usize % Self::SEEN
+    }
+
+    #[inline]
+    fn has(&self, pasid: u32, words: &[u64; 8], fpd: bool) -> bool {
+        let known = self.entries.get(Self::place(pasid));
+        known.is_some_and(|e| e.pasid == pasid && e.fpd == fpd && e.words == *words)
+    }
+
+    fn remember(&mut self, pasid: u32, words: [u64; 8], fpd: bool) {
+        self.entries.resize(Self::SEEN, SeenEntry::NONE);
+        self.entries[Self::place(pasid)] = SeenEntry { pasid, fpd, words };
+    }
+
+    fn forget(&mut self, pasid: u32) {
+        if let Some(entry) = self.entries.get_mut(Self::place(pasid))
+            && entry.pasid == pasid
+        {
+            *entry = SeenEntry::NONE;
+        }
+    }
+
+    fn clear(&mut self) {
+        self.entries.fill(SeenEntry::NONE);
+    }
+}
+
+impl Endpoint {
+    /// What a target has changes.
+    fn unsee(&mut self, pasid: Option<Pasid>) {
+        match (pasid, &self.context) {
+            (Some(pasid), _) => self.seen.forget(pasid.0),
+            (None, Some(context)) => self.seen.forget(context.rid_pasid),
+            (None, None) => self.seen.clear(),
+        }
+    }
+
+    /// What `pasid` is the number of: requests with it, or those without one.
+    fn target_of(&self, rid: Rid, pasid: u32) -> Option<Target> {
+        let context = self.context.as_ref()?;
+        if pasid == context.rid_pasid {
+            Some(Target::rid(rid))
+        } else {
+            let target = Target::pasid(rid, Pasid(pasid));
+            context.paside.then_some(target)
+        }
+    }
+
+    /// Whether the guest's entry of `pasid` is what is in force, as far as can be told at once.
+    #[inline]
+    fn is_unchanged(&self, view: View, pasid: u32) -> bool {
+        let Some(context) = &self.context else {
+            return true;
+        };
+        if !context.paside && pasid != context.rid_pasid {
+            return true;
+        }
+        let read = pasid::read(view.ram, context, pasid);
+        matches!(read, Ok((words, fpd)) if self.seen.has(pasid, &words, fpd))
+    }
 }
 
 /// A back end and what is collected for it.
@@ -231,6 +326,8 @@ impl Targets {
         let endpoint = Endpoint {
             backend: index,
             context: None,
+            context_words: [0; 4],
+            seen: Seen::default(),
             live: BTreeMap::new(),
         };
         self.endpoints.insert(rid, endpoint);
@@ -339,6 +436,7 @@ impl Targets {
             return;
         };
         endpoint.context = None;
+        endpoint.seen.clear();
         let keys: Vec<_> = endpoint.live.keys().copied().collect();
         for pasid in keys.into_iter().filter(|pasid| Some(*pasid) != keep) {
             self.block(Target {
@@ -441,6 +539,7 @@ impl Targets {
 
     fn insert(&mut self, target: Target, old: Option<Live>, live: Live) {
         if let Some(endpoint) = self.endpoints.get_mut(&target.endpoint) {
+            endpoint.unsee(target.pasid);
             endpoint.live.insert(target.pasid, live);
             if old.is_none() && target.pasid.is_some() {
                 self.live_pasids += 1;
@@ -458,6 +557,7 @@ impl Targets {
 
     fn forget(&mut self, target: Target) -> Option<Live> {
         let endpoint = self.endpoints.get_mut(&target.endpoint)?;
+        endpoint.unsee(target.pasid);
         let live = endpoint.live.remove(&target.pasid)?;
         if target.pasid.is_some() {
             self.live_pasids -= 1;

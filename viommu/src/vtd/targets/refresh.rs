@@ -1,8 +1,9 @@
 //! Decoding the guest's entries again when it says that they changed, and finding PASIDs that it
 //! did not name.
 
-use super::{DIRECTORY_CHUNK, MAX_TABLES_PER_SCAN, Targets, View};
+use super::{DIRECTORY_CHUNK, Live, MAX_TABLES_PER_SCAN, Targets, View};
 use crate::spec::vtd::descriptor::{ContextScope, PasidScope};
+use crate::spec::vtd::registers::{Rtaddr, TranslationTableMode};
 use crate::spec::vtd::tables::{PASID_DIRECTORY_ENTRY_SIZE, PASID_TABLE_ENTRIES};
 use crate::vtd::context::{self, Context, read_words};
 use crate::vtd::pasid;
@@ -39,6 +40,9 @@ impl Targets {
         let Some(root) = view.root else {
             return self.clear(rid, None);
         };
+        if root.mode() == TranslationTableMode::Scalable && view.offer.ecap.smts() {
+            return self.refresh_scalable(view, root, rid, scan);
+        }
         match context::decode(view.ram, view.offer, root, rid) {
             Err(problem) => {
                 self.clear(rid, None);
@@ -48,13 +52,33 @@ impl Targets {
                 self.clear(rid, Some(None));
                 self.set(Target::rid(rid), 0, Ok(entry));
             }
-            Ok(Context::Scalable(context)) => {
-                let Some(endpoint) = self.endpoints.get_mut(&rid) else {
-                    return;
-                };
+            // Only of a root in scalable mode.
+            Ok(Context::Scalable(_)) => {}
+        }
+    }
+
+    fn refresh_scalable(&mut self, view: View, root: Rtaddr, rid: Rid, scan: bool) {
+        let Some(endpoint) = self.endpoints.get_mut(&rid) else {
+            return;
+        };
+        let words = context::read_scalable(view.ram, root, rid);
+        if let (Ok(words), Some(context)) = (words, endpoint.context)
+            && words == endpoint.context_words
+        {
+            return self.refresh_pasid(view, rid, context.rid_pasid);
+        }
+        match words.and_then(|words| Ok((words, context::scalable(view.offer, words)?))) {
+            Err(problem) => {
+                self.clear(rid, None);
+                self.set(Target::rid(rid), 0, Err(problem));
+            }
+            Ok((words, context)) => {
+                endpoint.context_words = words;
                 let was = endpoint.context.replace(context);
-                let decoded = pasid::decode(view.ram, view.offer, &context, context.rid_pasid);
-                self.set(Target::rid(rid), context.rid_pasid, decoded);
+                if was != Some(context) {
+                    endpoint.seen.clear();
+                }
+                self.refresh_pasid(view, rid, context.rid_pasid);
                 if scan && was != Some(context) {
                     let mut tables = MAX_TABLES_PER_SCAN;
                     self.scan_pasids(view, rid, &mut tables);
@@ -70,24 +94,37 @@ impl Targets {
             PasidScope::Global | PasidScope::Domain(_) => self.rescan = true,
             PasidScope::Pasid { pasid, .. } => {
                 // An entry that was not present has no domain yet: every endpoint may have it.
+                if self.endpoints.values().all(|e| e.is_unchanged(view, pasid)) {
+                    return;
+                }
                 self.for_each(|targets, rid| targets.refresh_pasid(view, rid, pasid));
             }
         }
     }
 
     pub(super) fn refresh_pasid(&mut self, view: View, rid: Rid, pasid: u32) {
-        let Some(context) = self.endpoints.get(&rid).and_then(|e| e.context) else {
+        let Some(endpoint) = self.endpoints.get(&rid) else {
             return;
         };
-        let target = if pasid == context.rid_pasid {
-            Target::rid(rid)
-        } else if context.paside {
-            Target::pasid(rid, Pasid(pasid))
-        } else {
+        let (Some(context), Some(target)) = (&endpoint.context, endpoint.target_of(rid, pasid))
+        else {
             return;
         };
-        let decoded = pasid::decode(view.ram, view.offer, &context, pasid);
+        let read = pasid::read(view.ram, context, pasid);
+        if matches!(read, Ok((words, fpd)) if endpoint.seen.has(pasid, &words, fpd)) {
+            return;
+        }
+        let decoded = read.and_then(|(words, fpd)| pasid::entry(view.offer, words, fpd));
         self.set(target, pasid, decoded);
+        if let Ok((words, fpd)) = read
+            && let Some(endpoint) = self.endpoints.get_mut(&rid)
+            && matches!(
+                endpoint.live.get(&target.pasid),
+                Some(Live::Entry { applied: true, .. })
+            )
+        {
+            endpoint.seen.remember(pasid, words, fpd);
+        }
     }
 
     /// Does what was put off to be done once: the scan for PASIDs, asking again for what was

@@ -7,7 +7,7 @@ use crate::Gpa;
 use crate::interrupt::Msi;
 use crate::spec::vtd::descriptor::{ContextScope, IotlbScope, function_mask, masked_range};
 use crate::spec::vtd::registers::{
-    self as offset, Ccmd, Global, InvalidateAddress, Iotlb, TranslationTableMode,
+    self as offset, Ccmd, Fsts, Global, InvalidateAddress, Iotlb, TranslationTableMode,
 };
 use crate::spec::vtd::vcmd::{VCCAP, VCMD, VCRSP};
 use crate::vtd::capabilities::Offer;
@@ -273,7 +273,9 @@ impl Unit {
             targets,
             ..
         } = commands;
-        if !registers.status().qie() || lock(&self.faults).stopped() {
+        // Only this sets it, with `commands` held; who clears it runs the queue after that.
+        let faults = Fsts::from_bits(self.fault_status.load(Ordering::Acquire));
+        if !registers.status().qie() || faults.iqe() || faults.ite() || faults.ice() {
             return Vec::new();
         }
         let mut messages = Vec::new();
