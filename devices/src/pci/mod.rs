@@ -9,6 +9,7 @@ pub mod config;
 pub mod function;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+pub mod hotplug;
 pub mod msi;
 pub mod msix;
 

@@ -1,12 +1,15 @@
-//! The DSDT: the PCI root, motherboard resources, the serial port, the power button, S5.
+//! The DSDT: the PCI root with its slots, motherboard resources, the serial port, the power button
+//! and the other events, S5.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
-    IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, ONE, Or, Package, Path,
-    ResourceTemplate, Return, Scope, Uuid, ZERO,
+    Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
+    Memory32Fixed, Method, MethodCall, Name, Notify, ONE, OpRegion, OpRegionSpace, Or, Package,
+    Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+use devices::pci::hotplug;
 
 use super::{OEM, OEM_REVISION, OEM_TABLE, Platform};
 use crate::memory::layout::VTD_UNITS;
@@ -17,7 +20,8 @@ pub(super) fn table(platform: &Platform<'_>) -> Vec<u8> {
         pci_root(platform),
         motherboard(platform),
         serial(platform),
-        power_button(platform),
+        slots(platform),
+        events(platform),
         // S5, soft off: SLP_TYP 5 (ACPI 6.5, 7.4.2.7).
         bytes(&Name::new(
             "_S5_".into(),
@@ -73,8 +77,8 @@ fn pci_root(platform: &Platform<'_>) -> Vec<u8> {
     ))
 }
 
-/// `_OSC` (PCI Firmware 3.3, 4.5.1): the guest gets everything but hot-plug and SHPC, which this
-/// root does not have.
+/// `_OSC` (PCI Firmware 3.3, 4.5.1): the guest gets everything but native hot-plug and SHPC, which
+/// this root does not have: devices come and go by ACPI.
 fn operating_system_capabilities() -> RawAml {
     const PCI_HOST_BRIDGE: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
     /// PME, AER, PCI Express capability structure.
@@ -107,7 +111,78 @@ fn operating_system_capabilities() -> RawAml {
     )))
 }
 
-/// What no other device claims: ECAM, the pages of VT-d units, the power registers.
+/// The hot-plug registers, and a device with `_EJ0` for each slot (ACPI 6.5, 6.3): the guest looks
+/// for devices where they say, and writes to them what it lets go. `\_SB.PCI0.HPEV` tells it what
+/// came and what is to go; a check of the whole bus finds what went without asking.
+fn slots(platform: &Platform<'_>) -> Vec<u8> {
+    const DEVICE_CHECK: u8 = 1;
+    const EJECT_REQUEST: u8 = 3;
+    let hotplug = &platform.hotplug;
+    let [inserted, leaving, vanished, eject] = ["HPIN", "HPLV", "HPVN", "HPEJ"].map(Path::new);
+    // In the order of the registers, which follow each other.
+    let fields = [*b"HPIN", *b"HPLV", *b"HPVN", *b"HPEJ"];
+    let fields = fields.map(|name| FieldEntry::Named(name, 32));
+    let region = OpRegion::new(
+        "HPRG".into(),
+        OpRegionSpace::SystemIO,
+        &hotplug.port,
+        &(hotplug::LENGTH as u16),
+    );
+    let field = Field::new(
+        "HPRG".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::Preserve,
+        fields.into(),
+    );
+    let numbers = (1..32u8).filter(|device| hotplug.slots & 1 << device != 0);
+    let numbers: Vec<u8> = numbers.collect();
+    let slot = |device: u8| Path::new(&format!("S{device:02X}_"));
+    let devices = numbers.iter().map(|&device| {
+        let bit = 1u32 << device;
+        let let_go = Store::new(&eject, &bit);
+        RawAml(bytes(&Device::new(
+            slot(device),
+            vec![
+                &Name::new("_ADR".into(), &(u32::from(device) << 16)),
+                &Name::new("_SUN".into(), &device),
+                &Method::new("_EJ0".into(), 1, true, vec![&let_go]),
+            ],
+        )))
+    });
+    // Each register is read once, since reading clears it.
+    let told = Local(0);
+    let tell = |register: &Path, value: u8| {
+        let mut told_each = vec![RawAml(bytes(&Store::new(&told, register)))];
+        told_each.extend(numbers.iter().map(|&device| {
+            let bit = 1u32 << device;
+            let set = And::new(&ZERO, &told, &bit);
+            RawAml(bytes(&If::new(
+                &set,
+                vec![&Notify::new(&slot(device), &value)],
+            )))
+        }));
+        told_each
+    };
+    let root = Path::new("\\_SB_.PCI0");
+    let check_all = Notify::new(&root, &ZERO);
+    let mut told_all = tell(&inserted, DEVICE_CHECK);
+    told_all.extend(tell(&leaving, EJECT_REQUEST));
+    told_all.push(RawAml(bytes(&If::new(&vanished, vec![&check_all]))));
+    let event = Method::new(
+        "HPEV".into(),
+        0,
+        true,
+        told_all.iter().map(|one| one as &dyn Aml).collect(),
+    );
+    let devices: Vec<RawAml> = devices.collect();
+    let mut children: Vec<&dyn Aml> = vec![&region, &field];
+    children.extend(devices.iter().map(|one| one as &dyn Aml));
+    children.push(&event);
+    bytes(&Scope::new("_SB_.PCI0".into(), children))
+}
+
+/// What no other device claims: ECAM, the pages of VT-d units, the power and hot-plug registers.
 fn motherboard(platform: &Platform<'_>) -> Vec<u8> {
     let ecam = platform.layout.ecam;
     let ecam = Memory32Fixed::new(true, ecam.first as u32, ecam.len() as u32);
@@ -118,7 +193,9 @@ fn motherboard(platform: &Platform<'_>) -> Vec<u8> {
         platform.reset.0,
     ]
     .map(|port| IO::new(port, port, 1, 1));
-    let mut resources: Vec<&dyn Aml> = vec![&ecam, &units];
+    let slots = platform.hotplug.port;
+    let slots = IO::new(slots, slots, 1, hotplug::LENGTH as u8);
+    let mut resources: Vec<&dyn Aml> = vec![&ecam, &units, &slots];
     resources.extend(ports.iter().map(|port| port as &dyn Aml));
     bytes(&Device::new(
         "_SB_.MBRD".into(),
@@ -152,11 +229,16 @@ fn serial(platform: &Platform<'_>) -> Vec<u8> {
     ))
 }
 
-/// A power button, and the generic event device whose interrupt presses it (ACPI 6.5, 5.6.9).
-fn power_button(platform: &Platform<'_>) -> Vec<u8> {
+/// A power button, and the generic event device (ACPI 6.5, 5.6.9) whose first interrupt presses it.
+/// The second, level-triggered, is that of the hot-plug registers.
+fn events(platform: &Platform<'_>) -> Vec<u8> {
     const PRESSED: u8 = 0x80;
-    let line = Interrupt::new(true, true, false, false, platform.power_button_gsi);
+    let pressed = Interrupt::new(true, true, false, false, platform.power_button_gsi);
+    let plugged = Interrupt::new(true, false, false, false, platform.hotplug.gsi);
     let button = Path::new("\\_SB_.PWRB");
+    let press = Notify::new(&button, &PRESSED);
+    let is_button = Equal::new(&Arg(0), &platform.power_button_gsi);
+    let plug = MethodCall::new("\\_SB_.PCI0.HPEV".into(), vec![]);
     bytes(&Scope::new(
         "_SB_".into(),
         vec![
@@ -172,12 +254,15 @@ fn power_button(platform: &Platform<'_>) -> Vec<u8> {
                 vec![
                     &Name::new("_HID".into(), &"ACPI0013"),
                     &Name::new("_UID".into(), &ZERO),
-                    &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&line])),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![&pressed, &plugged]),
+                    ),
                     &Method::new(
                         "_EVT".into(),
                         1,
                         true,
-                        vec![&Notify::new(&button, &PRESSED)],
+                        vec![&If::new(&is_button, vec![&press]), &Else::new(vec![&plug])],
                     ),
                 ],
             ),

@@ -43,10 +43,23 @@ pub struct Platform<'a> {
     pub reset: (u16, u8),
     /// The GSI of the power button's edge-triggered line.
     pub power_button_gsi: u32,
+    /// The hot-plug registers.
+    pub hotplug: Hotplug,
     /// The serial port's first port and GSI.
     pub serial: (u16, u32),
     /// Complete tables to add to the XSDT.
     pub extra: &'a [Vec<u8>],
+}
+
+/// How devices come and go on bus 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Hotplug {
+    /// The first port of the registers of [`devices::pci::hotplug`].
+    pub port: u16,
+    /// The GSI of their level-triggered line.
+    pub gsi: u32,
+    /// The device numbers where one may come or go, one bit each.
+    pub slots: u32,
 }
 
 /// The tables as they go into guest memory.
@@ -184,6 +197,11 @@ mod tests {
                 sleep_status: 0x601,
                 reset: (0x602, 1),
                 power_button_gsi: 5,
+                hotplug: Hotplug {
+                    port: 0x610,
+                    gsi: 6,
+                    slots: 0x7fff_fffe,
+                },
                 serial: (0x3f8, 4),
                 extra,
             },

@@ -344,6 +344,12 @@ impl VmConfig {
         for device in &mut self.test_devices {
             give(&mut device.id, "test");
         }
+        // And an address, locally administered, to each card, which it keeps when others go.
+        let mut macs: BTreeSet<Mac> = self.net.iter().filter_map(|net| net.mac).collect();
+        let mut free = (0..=u8::MAX).map(|n| Mac([0x02, b'n', b'e', b's', b't', n]));
+        for net in self.net.iter_mut().filter(|net| net.mac.is_none()) {
+            net.mac = free.find(|mac| macs.insert(*mac));
+        }
     }
 
     /// The names of devices and vIOMMUs.

@@ -11,30 +11,40 @@ use std::sync::Arc;
 use devices::bus::{Bus, BusDevice, BusError};
 use devices::interrupt::IrqLine;
 use devices::legacy::{AcpiPower, DebugExit, I8042, Ioapic, PowerEvents, SerialPort};
-use devices::pci::root::RootError;
-use devices::pci::{ConfigPorts, Ecam, PciRoot, Placement, RootConfig};
+use devices::pci::hotplug::{self, HotplugRegisters};
+use devices::pci::root::{HostBridge, RootError, Slot};
+use devices::pci::{ConfigPorts, Ecam, PciFunction, PciRoot, Placement, RootConfig};
 use devices::testdev::{Features, NewError, TestDevice};
 use devices::virtio::{
     Block, BlockConfig, BlockError, Console, ConsoleError, Net, NetConfig, Rng, RngError, TapError,
     TapSource, VirtioDevice, VirtioPci, VirtioPciError,
 };
+use viommu::Rid;
 use viommu::backend::software::EndpointConfig;
-use viommu::{GuestRam, Rid};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::buses::Buses;
 use super::event_loop::Input;
-use super::passthrough::{Passed, Passthrough, PassthroughError};
+use super::hotplug::{AddError, AtStep, Ejected, New, Plugged, Step};
+use super::passthrough::{Passthrough, PassthroughError, Waiting};
+use super::slots::Slots;
 use super::terminal_io::{self, LateFile, PipeInput, SerialInput};
 use super::viommus::{ViommuError, Viommus};
 use crate::config::{Behind, Mac, SerialMode, Validated};
+use crate::control::{DeviceKind, DeviceNode};
 use crate::interrupts::Interrupts;
 use crate::kvm::vcpu::{EventLine, GuestEvent};
+use crate::kvm::{self, cpuid::Paging};
 use crate::memory::layout::{IOAPIC, Layout};
 
 /// Where the ACPI power registers are.
 pub(super) const ACPI_POWER_PORT: u16 = 0x600;
 /// The I/O APIC's pin of the power button.
 pub(super) const POWER_BUTTON_PIN: u8 = 5;
+/// Where the hot-plug registers are.
+pub(super) const HOTPLUG_PORT: u16 = 0x610;
+/// The I/O APIC's pin of their line.
+pub(super) const HOTPLUG_PIN: u8 = 6;
 /// The port I/O window of the PCI root.
 pub(super) const PCI_PORTS: (u16, u16) = (0x1000, 0xffff);
 
@@ -71,6 +81,17 @@ pub enum DeviceError {
     /// A bus.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// Nowhere to plug it.
+    #[error(
+        "all {slots} slots {} are taken; remove a device there first",
+        behind.as_ref().map_or("behind no vIOMMU".into(), |id| format!("behind vIOMMU {id}"))
+    )]
+    NoSlot {
+        /// The vIOMMU.
+        behind: Option<String>,
+        /// How many slots there are.
+        slots: usize,
+    },
     /// A file for output.
     #[error("{what} file={} cannot be written ({source}); correct the path or its permissions", path.display())]
     Output {
@@ -91,13 +112,36 @@ pub enum DeviceError {
     },
 }
 
+impl From<AddError> for DeviceError {
+    fn from(error: AddError) -> Self {
+        error.source
+    }
+}
+
 /// The devices of a VM. Dropping them stops them.
 pub(super) struct Devices {
     buses: Buses,
-    root: Arc<PciRoot>,
-    viommus: Viommus,
+    pub(super) root: Arc<PciRoot>,
+    pub(super) viommus: Viommus,
     // After `viommus`, which let go of them first.
-    passed: Vec<Passed>,
+    pub(super) plugged: Vec<Plugged>,
+    pub(super) passthrough: Option<Passthrough>,
+    /// It is there for devices that came while the guest ran.
+    pub(super) opened_late: bool,
+    pub(super) slots: Slots,
+    /// The functions that are always there, as clients see them.
+    pub(super) fixed: Vec<DeviceNode>,
+    /// The functions that stand for units without endpoints, and their units.
+    anchors: Vec<(Rid, usize)>,
+    pub(super) registers: Arc<HotplugRegisters>,
+    pub(super) ejected: Arc<Ejected>,
+    /// Device numbers whose last device went without the guest's word.
+    pub(super) vanished: u32,
+    pub(super) interrupts: Arc<Interrupts>,
+    pub(super) kvm: Arc<kvm::Vm>,
+    /// What the host's CPUs can.
+    pub(super) paging: Paging,
+    pub(super) layout: Layout,
     serial: Arc<SerialPort>,
     serial_file: LateFile,
     power_button: Arc<dyn IrqLine>,
@@ -112,10 +156,11 @@ impl Devices {
     pub(super) fn new(
         config: &Validated,
         layout: &Layout,
-        ram: &GuestRam,
+        kvm: &Arc<kvm::Vm>,
         interrupts: &Arc<Interrupts>,
         events: &Arc<EventLine>,
-        passthrough: Option<&Passthrough>,
+        passthrough: Option<Passthrough>,
+        paging: Paging,
     ) -> Result<Self, DeviceError> {
         let (mmio, pio) = (Arc::new(Bus::mmio()), Arc::new(Bus::pio()));
         let ioapic = Ioapic::new(interrupts.clone());
@@ -151,22 +196,45 @@ impl Devices {
             pio.clone(),
             interrupts.clone(),
         );
-        let waiting = match passthrough {
-            Some(passthrough) => passthrough.admit(&config.devices, &root)?,
-            None => Vec::new(),
-        };
+        let ejected = Ejected::new(&root).map_err(|source| DeviceError::Host {
+            what: "an event for hot-plug",
+            source,
+        })?;
+        let ejected = Arc::new(ejected);
+        let registers = HotplugRegisters::new(ioapic.line(HOTPLUG_PIN), ejected.clone());
+        let registers = Arc::new(registers);
+        on_ports(HOTPLUG_PORT.into(), hotplug::LENGTH, registers.clone())?;
+        let mut waiting = Vec::with_capacity(config.devices.len());
+        for (position, device) in config.devices.iter().enumerate() {
+            if let Some(passthrough) = &passthrough {
+                let slot = Passthrough::slot(&root, position)?;
+                waiting.push(passthrough.admit(device, slot)?);
+            }
+        }
         let viommus = Viommus::new(
             &config.viommus,
             &config.platform,
             layout,
-            ram,
+            kvm.ram(),
             interrupts,
             &mmio,
-            passthrough.map(|p| &**p.host()),
+            passthrough.as_ref().map(|p| &**p.host()),
         )?;
         let mut devices = Self {
             viommus,
-            passed: Vec::new(),
+            plugged: Vec::new(),
+            opened_late: passthrough.is_none(),
+            passthrough,
+            slots: Slots::new([], [], 0),
+            anchors: Vec::new(),
+            fixed: Vec::new(),
+            registers,
+            ejected,
+            vanished: 0,
+            interrupts: interrupts.clone(),
+            kvm: kvm.clone(),
+            paging,
+            layout: layout.clone(),
             power_button: ioapic.line(POWER_BUTTON_PIN),
             buses: Buses { mmio, pio, ioapic },
             root: root.clone(),
@@ -187,43 +255,23 @@ impl Devices {
             ConfigPorts::LENGTH,
             Arc::new(ConfigPorts::new(root, power)),
         )?;
-        devices.add_virtio_iommus(interrupts)?;
-        devices.add_virtio(config, interrupts)?;
-        devices.add_test_devices(config, interrupts)?;
-        if let Some(passthrough) = passthrough {
-            devices.passed = passthrough.connect(waiting, &mut devices.viommus, interrupts)?;
-        }
+        devices.add_virtio_iommus()?;
+        devices.add_emulated(config)?;
+        devices.add_passed(config, waiting)?;
+        devices.share_out_slots()?;
         Ok(devices)
     }
 
-    fn add_virtio(
-        &mut self,
-        config: &Validated,
-        interrupts: &Arc<Interrupts>,
-    ) -> Result<(), DeviceError> {
+    fn add_emulated(&mut self, config: &Validated) -> Result<(), DeviceError> {
         for disk in &config.disks {
-            let id = disk.id.as_deref().unwrap_or_default();
-            // A name that was made up shows as `disk0`.
-            let serial = id.strip_prefix('_').unwrap_or(id).to_owned();
-            let device = Block::open(&BlockConfig {
-                path: disk.path.clone(),
-                readonly: disk.readonly,
-                serial,
-            })?;
-            let behind = Behind::new(disk.iommu, disk.viommu.as_deref());
-            self.add_function(device, behind, interrupts)?;
+            self.add_at_boot(New::Disk(disk))?;
         }
-        for (n, net) in config.net.iter().enumerate() {
-            let Mac(mac) = net.mac.unwrap_or_else(|| default_mac(n));
-            let device = Net::open(NetConfig {
-                tap: TapSource::Name(net.tap.clone()),
-                mac,
-            })?;
-            let behind = Behind::new(net.iommu, net.viommu.as_deref());
-            self.add_function(device, behind, interrupts)?;
+        for net in &config.net {
+            self.add_at_boot(New::Net(net))?;
         }
         let behind = Behind::new(config.rng.iommu, config.rng.viommu.as_deref());
-        self.add_function(Rng::open(&config.rng.src)?, behind, interrupts)?;
+        let rng = Rng::open(&config.rng.src)?;
+        self.add_fixed(Placement::Any, "__rng", DeviceKind::Rng, rng, behind)?;
 
         let console =
             terminal_io::console(&config.console).map_err(|source| DeviceError::Host {
@@ -233,65 +281,194 @@ impl Devices {
         if let Some((console, input)) = console {
             self.console_input = input;
             let behind = Behind::new(config.console.iommu, config.console.viommu.as_deref());
-            self.add_function(Console::open(console)?, behind, interrupts)?;
+            let console = Console::open(console)?;
+            let kind = DeviceKind::Console;
+            self.add_fixed(Placement::Any, "__console", kind, console, behind)?;
         }
-        Ok(())
-    }
-
-    fn add_virtio_iommus(&mut self, interrupts: &Arc<Interrupts>) -> Result<(), DeviceError> {
-        for (rid, device) in self.viommus.functions() {
-            let slot = self.root.reserve(Placement::At(rid))?;
-            let msi = interrupts.source(rid, None);
-            let port = self
-                .viommus
-                .port(rid, Behind::Nothing, EndpointConfig::default())?;
-            slot.fill(VirtioPci::new(device, port, &*msi)?)?;
-        }
-        Ok(())
-    }
-
-    fn add_test_devices(
-        &mut self,
-        config: &Validated,
-        interrupts: &Arc<Interrupts>,
-    ) -> Result<(), DeviceError> {
         for device in &config.test_devices {
-            let slot = self.root.reserve(Placement::Any)?;
-            let behind = Behind::new(device.iommu, device.viommu.as_deref());
-            let remapper = self.viommus.remapper(behind);
-            let msi = interrupts.source(slot.rid(), remapper.clone());
-            let features = Features {
-                pasid_bits: device.pasid_bits,
-                ats: device.ats,
-                pri: device.pri,
-            };
-            let function = TestDevice::new(features, &*msi, |page_responses| {
-                let endpoint = EndpointConfig {
-                    pasid_bits: device.pasid_bits,
-                    page_responses: device.pri.then_some(page_responses),
-                    messages: Some(interrupts.messages(remapper)),
-                    ..EndpointConfig::default()
-                };
-                self.viommus.port(slot.rid(), behind, endpoint)
-            })?;
-            slot.fill(Arc::new(function))?;
+            self.add_at_boot(New::Test(device))?;
         }
         Ok(())
     }
 
-    fn add_function(
+    fn add_at_boot(&mut self, new: New<'_>) -> Result<(), DeviceError> {
+        let slot = self.root.reserve(Placement::Any)?;
+        let plugged = self.plug_emulated(slot, new)?;
+        self.plugged.push(plugged);
+        Ok(())
+    }
+
+    /// All of them are placed first: each can make a unit offer less to the others. Nothing else
+    /// is put behind a vIOMMU before the guest starts.
+    fn add_passed(&mut self, config: &Validated, waiting: Vec<Waiting>) -> Result<(), DeviceError> {
+        let Some(passthrough) = &self.passthrough else {
+            return Ok(());
+        };
+        for device in &waiting {
+            passthrough.place(device, &mut self.viommus)?;
+        }
+        for (device, config) in waiting.into_iter().zip(&config.devices) {
+            let rid = device.rid();
+            let passed = passthrough.connect(device, &self.viommus, &self.interrupts)?;
+            let home = self.viommus.home(New::Device(config).behind());
+            self.plugged
+                .push(Plugged::new(New::Device(config), rid, home, Some(passed)));
+        }
+        passthrough.freeze();
+        Ok(())
+    }
+
+    /// Decides where devices may come and go from now on. A VT-d unit without endpoints gets a
+    /// function to name: Linux does not use a unit that names no device that is there, also later
+    /// when one comes.
+    fn share_out_slots(&mut self) -> Result<(), DeviceError> {
+        for unit in self.viommus.without_endpoints() {
+            let slot = self.root.reserve(Placement::Any)?;
+            let rid = slot.fill(Arc::new(HostBridge::default()))?;
+            self.anchors.push((rid, unit));
+        }
+        let removable = self
+            .plugged
+            .iter()
+            .map(|plugged| (plugged.rid, plugged.home));
+        let removable: Vec<_> = removable.collect();
+        let is_removable = |rid: &Rid| removable.iter().any(|(other, _)| other == rid);
+        let fixed = self
+            .root
+            .rids()
+            .into_iter()
+            .filter(|rid| !is_removable(rid));
+        self.slots = Slots::new(fixed, removable.iter().copied(), self.viommus.count());
+        for (rid, _) in &removable {
+            self.registers.occupy(rid.device(), false);
+        }
+        Ok(())
+    }
+
+    /// Fixes what the guest sees of vIOMMUs, and tells it in ACPI tables.
+    pub(super) fn freeze(&self) -> Result<Vec<Vec<u8>>, DeviceError> {
+        Ok(self.viommus.freeze(&self.slots, &self.anchors)?)
+    }
+
+    /// The device numbers where devices may come and go, one bit each.
+    pub(super) fn slots(&self) -> u32 {
+        self.slots.mask()
+    }
+
+    fn add_virtio_iommus(&mut self) -> Result<(), DeviceError> {
+        for (id, rid, device) in self.viommus.functions() {
+            let kind = DeviceKind::Viommu;
+            self.add_fixed(Placement::At(rid), &id, kind, device, Behind::Nothing)?;
+        }
+        Ok(())
+    }
+
+    /// A virtio device that stays as long as the VM.
+    fn add_fixed(
         &mut self,
+        placement: Placement,
+        id: &str,
+        kind: DeviceKind,
         device: Arc<dyn VirtioDevice>,
         behind: Behind<'_>,
-        interrupts: &Arc<Interrupts>,
-    ) -> Result<Rid, DeviceError> {
-        let slot = self.root.reserve(Placement::Any)?;
-        let msi = interrupts.source(slot.rid(), self.viommus.remapper(behind));
+    ) -> Result<(), DeviceError> {
+        let slot = self.root.reserve(placement)?;
+        let rid = self.plug_virtio(slot, device, behind)?;
+        let viommu = self.viommus.name(self.viommus.home(behind));
+        self.fixed.push(DeviceNode {
+            id: id.into(),
+            pci_bdf: format!("0000:{rid}"),
+            kind,
+            viommu: viommu.map(str::to_owned),
+            removable: false,
+            removing: false,
+        });
+        Ok(())
+    }
+
+    /// Builds an emulated device in `slot`, and tells nobody.
+    pub(super) fn plug_emulated(&mut self, slot: Slot, new: New<'_>) -> Result<Plugged, AddError> {
+        let behind = new.behind();
+        let rid = match new {
+            New::Disk(disk) => {
+                let device = Block::open(&BlockConfig {
+                    path: disk.path.clone(),
+                    readonly: disk.readonly,
+                    // A name that was made up shows as `disk0`.
+                    serial: new.id().strip_prefix('_').unwrap_or(new.id()).to_owned(),
+                });
+                self.plug_virtio(slot, device.at(Step::Open)?, behind)?
+            }
+            New::Net(net) => {
+                let Mac(mac) = net.mac.unwrap_or_default();
+                let device = Net::open(NetConfig {
+                    tap: TapSource::Name(net.tap.clone()),
+                    mac,
+                });
+                self.plug_virtio(slot, device.at(Step::Open)?, behind)?
+            }
+            New::Test(device) => {
+                let remapper = self.viommus.remapper(behind);
+                let msi = self.interrupts.source(slot.rid(), remapper.clone());
+                let features = Features {
+                    pasid_bits: device.pasid_bits,
+                    ats: device.ats,
+                    pri: device.pri,
+                };
+                let function = TestDevice::new(features, &*msi, |page_responses| {
+                    let endpoint = EndpointConfig {
+                        pasid_bits: device.pasid_bits,
+                        page_responses: device.pri.then_some(page_responses),
+                        messages: Some(self.interrupts.messages(remapper)),
+                        ..EndpointConfig::default()
+                    };
+                    self.viommus.port(slot.rid(), behind, endpoint)
+                });
+                let rid = slot.rid();
+                match function {
+                    Ok(function) => self.fill(slot, Arc::new(function))?,
+                    Err(source) => {
+                        self.viommus.remove(rid);
+                        let step = match source {
+                            NewError::Port(_) => Step::Viommu,
+                            _ => Step::Function,
+                        };
+                        return Err(source).at(step);
+                    }
+                }
+            }
+            New::Device(_) => return Err(RootError::NoFunction(slot.rid())).at(Step::Open),
+        };
+        Ok(Plugged::new(new, rid, self.viommus.home(behind), None))
+    }
+
+    fn plug_virtio(
+        &mut self,
+        slot: Slot,
+        device: Arc<dyn VirtioDevice>,
+        behind: Behind<'_>,
+    ) -> Result<Rid, AddError> {
+        let rid = slot.rid();
+        let msi = self.interrupts.source(rid, self.viommus.remapper(behind));
         let port = self
             .viommus
-            .port(slot.rid(), behind, EndpointConfig::default())?;
-        let function = VirtioPci::new(device, port, &*msi)?;
-        Ok(slot.fill(function)?)
+            .port(rid, behind, EndpointConfig::default())
+            .at(Step::Viommu)?;
+        match VirtioPci::new(device, port, &*msi) {
+            Ok(function) => self.fill(slot, function),
+            Err(source) => {
+                self.viommus.remove(rid);
+                Err(source).at(Step::Function)
+            }
+        }
+    }
+
+    /// The last step: the function is on the bus.
+    fn fill(&mut self, slot: Slot, function: Arc<dyn PciFunction>) -> Result<Rid, AddError> {
+        let rid = slot.rid();
+        slot.fill(function)
+            .inspect_err(|_| self.viommus.remove(rid))
+            .at(Step::Bus)
     }
 
     /// The vIOMMUs.
@@ -299,9 +476,9 @@ impl Devices {
         &self.viommus
     }
 
-    /// The host's devices.
-    pub(super) fn passed(&self) -> &[Passed] {
-        &self.passed
+    /// What wakes the event loop for [`ejected`](Self::ejected).
+    pub(super) fn ejection(&self) -> &EventFd {
+        self.ejected.event()
     }
 
     /// The last step of building a VM: opens the files that a VM which cannot be built would
@@ -353,11 +530,6 @@ impl Drop for Devices {
             let _ = self.root.remove(rid);
         }
     }
-}
-
-/// A locally administered address for the card at this position.
-fn default_mac(position: usize) -> Mac {
-    Mac([0x02, b'n', b'e', b's', b't', position as u8])
 }
 
 fn serial_output(

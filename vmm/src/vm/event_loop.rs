@@ -7,8 +7,9 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
@@ -16,6 +17,7 @@ use event_manager::{
 use viommu::Rid;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::terminal::Escape;
 
@@ -43,6 +45,10 @@ pub(super) enum DeviceEvent {
     Failed(Rid),
     /// The host wants the device at this address back.
     Wanted(Rid),
+    /// The guest has let go of devices.
+    Ejected,
+    /// The time that a guest had to let go of a device is over.
+    Overdue,
 }
 
 impl Wake {
@@ -115,6 +121,23 @@ type Wakes = Rc<RefCell<VecDeque<Wake>>>;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct WatchId(SubscriberId);
 
+/// Wakes the loop at a time. What belongs to a VM is forgotten with that VM.
+pub(super) struct Alarm(TimerFd);
+
+impl Alarm {
+    /// Wakes once after `delay`, instead of what was set before; `None`: not at all.
+    pub(super) fn set(&mut self, delay: Option<Duration>) {
+        let set = match delay {
+            // Zero would switch it off.
+            Some(delay) => self.0.reset(delay.max(Duration::from_nanos(1)), None),
+            None => self.0.clear(),
+        };
+        if let Err(why) = set {
+            log::error!("an alarm is not set: {why}");
+        }
+    }
+}
+
 /// The loop. It lives as long as nestling; what belongs to a VM is watched for as long as that VM
 /// is there.
 pub(super) struct EventLoop {
@@ -172,6 +195,18 @@ impl EventLoop {
         let event = event.try_clone()?.into_raw_fd();
         // SAFETY: the clone has just given up this descriptor, so nobody else owns it.
         self.watch(unsafe { OwnedFd::from_raw_fd(event) }, wake)
+    }
+
+    /// An alarm that wakes with `wake`.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub(super) fn alarm(&mut self, wake: Wake) -> io::Result<Alarm> {
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        // SAFETY: `timer` is open for as long as the borrowed descriptor is used.
+        let watched = unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) }.try_clone_to_owned()?;
+        self.watch(watched, wake)?;
+        Ok(Alarm(timer))
     }
 
     /// Watches `id` no longer.

@@ -7,33 +7,41 @@
 mod buses;
 mod devices;
 mod event_loop;
+mod hotplug;
 mod pasids;
 mod passthrough;
+mod removals;
 mod session;
+mod slots;
 mod terminal_io;
 mod viommus;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use viommu::Rid;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use devices::DeviceError;
+pub use hotplug::{AddError, Step};
 pub use passthrough::PassthroughError;
 pub use session::{Control, run};
 pub use viommus::{ViommuError, ViommuState, ViommuStates};
 
 use self::devices::Devices;
-use self::event_loop::{DeviceEvent, EventLoop, Wake};
+use self::event_loop::{Alarm, DeviceEvent, EventLoop, Wake};
+use self::hotplug::{New, Plugged};
 use self::passthrough::Passthrough;
+use self::removals::{Overdue, Removals};
 use self::session::Context;
-use crate::acpi::{self, Platform};
+use crate::acpi::{self, Hotplug, Platform};
 use crate::boot::{self, ACPI_AREA, BootError};
 use crate::config::Validated;
 use crate::control::{
-    ApiError, Code, Counters, DeviceNode, Inspect, NewDevice, PciDeviceInfo, Progress, Removal,
-    Reply,
+    ApiError, Code, Counters, DeviceNode, Done, Inspect, NewDevice, PciDeviceInfo, Progress,
+    Removal, Reply,
 };
 use crate::interrupts::Interrupts;
 use crate::kvm::cpuid::{self, Paging};
@@ -81,11 +89,19 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Host { what, source }
 }
 
+/// How a device is removed that the host wants back: the host waits for it, and without a limit.
+const WANTED: Removal = Removal {
+    force: true,
+    timeout: Duration::from_secs(10),
+};
+
 /// A VM that was built. Fields are dropped in this order: first what uses the others.
 struct Vm {
     vcpus: Vec<kvm_ioctls::VcpuFd>,
     devices: Devices,
-    _passthrough: Option<Passthrough>,
+    removals: Removals,
+    /// Wakes when the next removal is overdue; made when there is one.
+    alarm: Option<Alarm>,
     kvm: Arc<kvm::Vm>,
     events: Arc<EventLine>,
 }
@@ -125,14 +141,16 @@ impl Vm {
         let devices = Devices::new(
             config,
             &layout,
-            &ram,
+            &kvm,
             &interrupts,
             &events,
-            passthrough.as_ref(),
+            passthrough,
+            paging,
         )?;
 
-        let extra = devices.viommus().freeze().map_err(DeviceError::from)?;
-        let tables = acpi::tables(&platform(&layout, cpus, &extra), ACPI_AREA)?;
+        let extra = devices.freeze()?;
+        let platform = platform(&layout, cpus, devices.slots(), &extra);
+        let tables = acpi::tables(&platform, ACPI_AREA)?;
         ram.write_slice(&tables.bytes, GuestAddress(tables.at))
             .map_err(|_| BootError::Write { at: tables.at })?;
 
@@ -153,7 +171,8 @@ impl Vm {
         Ok(Self {
             vcpus,
             devices,
-            _passthrough: passthrough,
+            removals: Removals::default(),
+            alarm: None,
             kvm,
             events,
         })
@@ -173,12 +192,11 @@ impl Vm {
         event_loop
             .watch_event(self.events.eventfd(), Wake::Guest)
             .map_err(host(watched))?;
-        for passed in self.devices.passed() {
-            for (event, about) in passed.events() {
-                event_loop
-                    .watch_event(event, Wake::Device(about))
-                    .map_err(host(watched))?;
-            }
+        event_loop
+            .watch_event(self.devices.ejection(), Wake::Device(DeviceEvent::Ejected))
+            .map_err(host(watched))?;
+        for plugged in &mut self.devices.plugged {
+            plugged.watch(event_loop).map_err(host(watched))?;
         }
         let exits: Arc<dyn Exits> = Arc::new(self.devices.buses().clone());
         let vcpus = std::mem::take(&mut self.vcpus);
@@ -191,49 +209,169 @@ impl Vm {
     }
 
     /// Does what an event of a device asks for.
-    fn device_event(&mut self, event: DeviceEvent, _context: &mut Context<'_>) {
-        let path = |rid| {
-            let passed = self.devices.passed().iter().find(|p| p.rid() == rid);
-            passed.map(|passed| passed.path().display().to_string())
-        };
+    fn device_event(&mut self, event: DeviceEvent, context: &mut Context<'_>) {
         match event {
             DeviceEvent::Failed(rid) => {
-                let Some(path) = path(rid) else { return };
+                let Some(id) = self.devices.at(rid).map(|plugged| &plugged.id) else {
+                    return;
+                };
                 // What the device does from now on is undefined.
                 self.events.report(GuestEvent::Failed(format!(
-                    "device path={path} had an uncorrected error; see the kernel's log of the host"
+                    "device id={id} had an uncorrected error; see the kernel's log of the host"
                 )));
             }
             DeviceEvent::Wanted(rid) => {
-                let Some(path) = path(rid) else { return };
-                log::warn!(
-                    "the host wants device path={path} back: the guest is asked to power off"
-                );
-                self.press_power_button();
+                let Some(plugged) = self.devices.at(rid) else {
+                    return;
+                };
+                if !self.removals.has(rid) {
+                    log::warn!("the host wants device id={} back", plugged.id);
+                }
+                // The host asks again and again.
+                let _ = self.begin_removal(rid, WANTED, None, context);
             }
+            DeviceEvent::Ejected => {
+                for plugged in self.devices.ejected() {
+                    self.removed(plugged, context);
+                }
+            }
+            DeviceEvent::Overdue => self.overdue(context),
         }
+        self.set_alarm();
     }
 
     /// Plugs a device: all of it or nothing.
     fn add(
         &mut self,
         device: NewDevice,
-        _context: &mut Context<'_>,
+        context: &mut Context<'_>,
     ) -> Result<PciDeviceInfo, ApiError> {
-        Err(ApiError::new(
-            Code::NoFreeSlot,
-            format!("there is no slot for {}", device.id()),
-        ))
+        let progress = &context.shared.progress;
+        let step = |step: Step| progress.step(step.to_string());
+        let plugged = self.devices.plug(New::from(&device), &step);
+        let (rid, info, watched) = plugged
+            .map(|plugged| {
+                step(Step::Notify);
+                let watched = plugged.watch(context.event_loop);
+                (plugged.rid, plugged.info(), watched)
+            })
+            .map_err(|why| {
+                // Some steps are several, of which one failed.
+                step(why.step);
+                why.to_api()
+            })?;
+        if let Err(why) = watched {
+            if let Some(plugged) = self.devices.take_back(rid) {
+                plugged.unwatch(context.event_loop);
+            }
+            let sentence = format!("device id={} cannot be watched: {why}", info.id);
+            return Err(ApiError::new(Code::HostRefused, sentence)
+                .remedy("raise the limit of open files (ulimit -n)"));
+        }
+        self.devices.announce(rid);
+        Ok(info)
     }
 
     /// Unplugs a device, and answers when it is gone.
-    fn remove(&mut self, id: &str, _how: Removal, reply: Reply, _context: &mut Context<'_>) {
-        reply.send(Err(session::no_such_device(id)));
+    fn remove(&mut self, id: &str, how: Removal, reply: Reply, context: &mut Context<'_>) {
+        let Some(plugged) = self.devices.find(id) else {
+            let stays = self.devices.fixed.iter().any(|fixed| fixed.id == id);
+            return reply.send(Err(if stays {
+                ApiError::new(Code::NotRemovable, format!("device {id} cannot be removed"))
+                    .field("id")
+                    .remedy("boot the VM without it")
+            } else {
+                session::no_such_device(id)
+            }));
+        };
+        let rid = plugged.rid;
+        if let Err(Some(reply)) = self.begin_removal(rid, how, Some(reply), context) {
+            let pending = ApiError::new(
+                Code::RemovalPending,
+                format!("the guest has been asked already to let go of device {id}"),
+            );
+            reply.send(Err(pending
+                .field("id")
+                .remedy("wait for device-removed, or use force")));
+        }
+        self.set_alarm();
+    }
+
+    /// Asks the guest to let go of a device; the reply comes back if there is nothing to ask.
+    fn begin_removal(
+        &mut self,
+        rid: Rid,
+        how: Removal,
+        reply: Option<Reply>,
+        context: &mut Context<'_>,
+    ) -> Result<(), Option<Reply>> {
+        self.removals.begin(rid, how, reply, Instant::now())?;
+        if self.alarm.is_none() {
+            match context.event_loop.alarm(Wake::Device(DeviceEvent::Overdue)) {
+                Ok(alarm) => self.alarm = Some(alarm),
+                Err(why) => log::error!("a removal waits without a limit: {why}"),
+            }
+        }
+        self.devices.ask(rid);
+        Ok(())
+    }
+
+    fn set_alarm(&mut self) {
+        if let Some(alarm) = &mut self.alarm {
+            alarm.set(self.removals.next(Instant::now()));
+        }
+    }
+
+    /// What the guest did not let go of in time is taken away or stays.
+    fn overdue(&mut self, context: &mut Context<'_>) {
+        for Overdue {
+            rid,
+            force,
+            replies,
+        } in self.removals.overdue(Instant::now())
+        {
+            let gone = match force {
+                true => self.devices.take_away(rid),
+                false => None,
+            };
+            if let Some(plugged) = gone {
+                self.removed(plugged, context);
+                answer(replies, &Ok(Done::Nothing));
+                continue;
+            }
+            self.devices.withdraw(rid);
+            let id = self.devices.at(rid).map(|plugged| plugged.id.clone());
+            let late = ApiError::new(
+                Code::GuestDidNotEject,
+                format!(
+                    "the guest did not let go of device {} in time",
+                    id.unwrap_or_default()
+                ),
+            );
+            answer(replies, &Err(late.remedy("ask again, or use force")));
+        }
+    }
+
+    /// Nothing of the device is left: says so.
+    fn removed(&mut self, plugged: Plugged, context: &mut Context<'_>) {
+        let (rid, info) = (plugged.rid, plugged.info());
+        plugged.unwatch(context.event_loop);
+        context.removed(&info);
+        answer(self.removals.ended(rid), &Ok(Done::Nothing));
     }
 
     /// Its PCI functions by name.
     fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
-        BTreeMap::new()
+        let removable = self.devices.plugged.iter().map(|plugged| DeviceNode {
+            id: plugged.id.clone(),
+            pci_bdf: plugged.info().bdf,
+            kind: plugged.kind,
+            viommu: self.devices.viommus().name(plugged.home).map(str::to_owned),
+            removable: true,
+            removing: self.removals.has(plugged.rid),
+        });
+        let all = self.devices.fixed.iter().cloned().chain(removable);
+        all.map(|node| (node.id.clone(), node)).collect()
     }
 
     /// What can be asked of it while it runs.
@@ -247,6 +385,13 @@ impl Vm {
         let button = self.devices.power_button();
         button.set(true);
         button.set(false);
+    }
+}
+
+/// Tells all who wait the same.
+fn answer(replies: Vec<Reply>, result: &Result<Done, ApiError>) {
+    for reply in replies {
+        reply.send(result.clone());
     }
 }
 
@@ -272,7 +417,12 @@ impl Inspect for Inspector {
     }
 }
 
-fn platform<'a>(layout: &'a layout::Layout, vcpus: u8, extra: &'a [Vec<u8>]) -> Platform<'a> {
+fn platform<'a>(
+    layout: &'a layout::Layout,
+    vcpus: u8,
+    slots: u32,
+    extra: &'a [Vec<u8>],
+) -> Platform<'a> {
     use ::devices::legacy::{AcpiPower, SerialPort};
     let power = |offset: u64| devices::ACPI_POWER_PORT + offset as u16;
     Platform {
@@ -285,6 +435,11 @@ fn platform<'a>(layout: &'a layout::Layout, vcpus: u8, extra: &'a [Vec<u8>]) -> 
         sleep_status: power(AcpiPower::SLEEP_STATUS),
         reset: (power(AcpiPower::RESET), AcpiPower::RESET_VALUE),
         power_button_gsi: devices::POWER_BUTTON_PIN.into(),
+        hotplug: Hotplug {
+            port: devices::HOTPLUG_PORT,
+            gsi: devices::HOTPLUG_PIN.into(),
+            slots,
+        },
         serial: (SerialPort::COM1 as u16, SerialPort::COM1_IRQ.into()),
         extra,
     }

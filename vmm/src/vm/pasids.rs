@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use viommu::Pasid;
 use viommu::pasid::{Config, Error, HostPasids, PasidAllocator};
 
+use super::viommus::ViommuError;
 use crate::config::PlatformConfig;
 
 /// All units of a VM share one.
@@ -34,15 +35,24 @@ impl VmPasids {
     }
 
     /// A device has `bits` bits of PASID; 0: it uses none.
-    pub(super) fn limit(&self, bits: u8) {
-        if bits > 0 {
-            self.bits.fetch_min(bits, Ordering::Relaxed);
+    ///
+    /// # Errors
+    /// The guest may have been given wider ones already.
+    pub(super) fn limit(&self, bits: u8) -> Result<(), ViommuError> {
+        let offered = self.bits.load(Ordering::Relaxed);
+        if bits == 0 || bits >= offered {
+            return Ok(());
         }
+        if self.host.get().is_some() {
+            return Err(ViommuError::FewPasids { has: bits, offered });
+        }
+        self.bits.store(bits, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Asks the host, for PASIDs that every device and every unit (`bits`) can use.
     pub(super) fn open(&self, bits: u8) -> Result<(), Error> {
-        self.limit(bits);
+        self.bits.fetch_min(bits, Ordering::Relaxed);
         let config = Config {
             quota: self.platform.pasid_quota,
             ..Config::new(&self.platform.name, self.bits.load(Ordering::Relaxed))
@@ -101,9 +111,12 @@ mod tests {
         };
         let pasids = VmPasids::new(&platform);
         for bits in [20, 0, 8] {
-            pasids.limit(bits);
+            pasids.limit(bits).unwrap();
         }
         pasids.open(16).unwrap();
+        pasids.limit(8).unwrap();
+        let late = pasids.limit(7).unwrap_err();
+        assert!(late.to_string().contains("7 bits"), "{late}");
         let got: Vec<_> = std::iter::from_fn(|| pasids.allocate().ok()).collect();
         assert_eq!(got.len(), 5);
         assert!(got.iter().all(|pasid| (1..256).contains(&pasid.0)));

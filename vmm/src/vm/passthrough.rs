@@ -29,9 +29,9 @@ use crate::config::{Behind, DeviceConfig, FeatureMode, Reserve};
 use crate::interrupts::Interrupts;
 use crate::kvm::cpuid::Paging;
 use crate::kvm::slots::DeviceSlots;
-use crate::kvm::vfio::VfioFiles;
+use crate::kvm::vfio::{KnownFile, VfioFiles};
 use crate::kvm::{self, KvmError};
-use crate::memory::layout::{BOOT_AREA, HostReserved};
+use crate::memory::layout::{BOOT_AREA, Collision, HostReserved};
 
 /// The first PCI device number that is tried for them, so that other devices have the same place
 /// with and without.
@@ -75,6 +75,9 @@ pub enum PassthroughError {
     /// It cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// It came too late for memory to be laid out around it.
+    #[error(transparent)]
+    Collision(#[from] Collision),
     /// The host's IOMMU cannot be had, or guest memory cannot be put in it.
     #[error("no device can be passed through")]
     Host(#[source] HostError),
@@ -195,23 +198,25 @@ fn open(ram: &GuestRam) -> Result<PassthroughHost, PassthroughError> {
 pub(super) struct Passthrough {
     host: PassthroughHost,
     slots: Arc<DeviceSlots>,
-    files: VfioFiles,
+    files: Arc<VfioFiles>,
     /// What the host's CPUs can.
     paging: Paging,
 }
 
-/// A device that is in the host's IOMMU, blocked, and not yet a function of the guest.
-pub(super) struct Waiting<'c> {
-    config: &'c DeviceConfig,
+/// A device that is in the host's IOMMU, blocked, and not yet a function of the guest. Dropping
+/// it gives it back to the host.
+pub(super) struct Waiting {
+    config: DeviceConfig,
     slot: Slot,
+    known: KnownFile,
     admitted: Admitted,
 }
 
 /// A device that is a function of the guest.
 pub(super) struct Passed {
-    path: PathBuf,
     rid: Rid,
     function: Arc<VfioPci>,
+    _known: KnownFile,
     // Dropped last: it takes the device out of the host's IOMMU.
     _admitted: Admitted,
 }
@@ -230,103 +235,119 @@ impl Passthrough {
         })
     }
 
+    /// For the first device that comes while the guest runs.
+    pub(super) fn open(vm: &Arc<kvm::Vm>, paging: Paging) -> Result<Self, PassthroughError> {
+        Self::new(open(vm.ram())?, vm, paging)
+    }
+
     /// The host's IOMMU.
     pub(super) fn host(&self) -> &Arc<HostIommu> {
         self.host.backend()
     }
 
-    /// Opens every device, and gives it its place on the bus.
-    pub(super) fn admit<'c>(
-        &self,
-        devices: &'c [DeviceConfig],
-        root: &Arc<PciRoot>,
-    ) -> Result<Vec<Waiting<'c>>, PassthroughError> {
-        let mut waiting = Vec::with_capacity(devices.len());
-        for (device, config) in (FIRST_DEVICE..).zip(devices) {
-            let at = Placement::At(Rid::new(0, device & 0x1f, 0));
-            let slot = root.reserve(at).or_else(|_| root.reserve(Placement::Any))?;
-            let admitted = self.host.admit(slot.rid(), &config.path);
-            let admitted = admitted.map_err(|source| device_error(&config.path, source))?;
-            self.files.add(admitted.device().as_fd())?;
-            waiting.push(Waiting {
-                config,
-                slot,
-                admitted,
-            });
-        }
-        Ok(waiting)
+    /// The address on the bus for the device at this position of the configuration.
+    pub(super) fn slot(root: &Arc<PciRoot>, position: usize) -> Result<Slot, RootError> {
+        let device = FIRST_DEVICE.saturating_add(position.try_into().unwrap_or(u8::MAX));
+        let at = Placement::At(Rid::new(0, device & 0x1f, 0));
+        root.reserve(at).or_else(|_| root.reserve(Placement::Any))
     }
 
-    /// Makes functions of the guest of them. Nothing else is put behind a vIOMMU later.
-    pub(super) fn connect(
+    /// Opens a device, and takes it into the host's IOMMU for `slot`.
+    pub(super) fn admit(
         &self,
-        waiting: Vec<Waiting<'_>>,
-        viommus: &mut Viommus,
-        interrupts: &Arc<Interrupts>,
-    ) -> Result<Vec<Passed>, PassthroughError> {
-        // All of them first: each can make a unit offer less to the others.
-        for Waiting { config, slot, .. } in &waiting {
-            viommus
-                .pass_through(slot.rid(), behind(config), self.host())
-                .map_err(|source| PassthroughError::Viommu {
-                    path: config.path.clone(),
-                    source,
-                })?;
-        }
-        let paging = viommus.paging(self.paging);
-        let mut passed = Vec::with_capacity(waiting.len());
-        for Waiting {
-            config,
+        config: &DeviceConfig,
+        slot: Slot,
+    ) -> Result<Waiting, PassthroughError> {
+        let admitted = self.host.admit(slot.rid(), &config.path);
+        let admitted = admitted.map_err(|source| device_error(&config.path, source))?;
+        Ok(Waiting {
+            known: self.files.add(admitted.device().as_fd())?,
+            config: config.clone(),
             slot,
             admitted,
-        } in waiting
-        {
-            let hardware = admitted.device();
-            let has = |irq| hardware.interrupts(irq) > 0;
-            if has(Irq::Intx) && !has(Irq::Msi) && !has(Irq::Msix) {
-                log::warn!(
-                    "device path={} has an interrupt line only, which the guest is not told of: \
-                     a driver that does not poll will wait in vain",
-                    config.path.display()
-                );
-            }
-            let behind = behind(config);
-            let messages = interrupts.source(slot.rid(), viommus.remapper(behind));
-            let direct: Arc<dyn DirectMemory> = self.slots.clone();
-            let connections = Connections {
-                messages: &*messages,
-                // The guest is told of no interrupt lines (no _PRT): messages only.
-                line: None,
-                direct,
-                peers: Some(self.host().clone()),
-            };
-            let function = admitted
-                .connect(viommus.before(behind, paging), &wishes(config), connections)
-                .map_err(|source| device_error(&config.path, source))?;
-            let rid = slot.fill(function.clone())?;
-            passed.push(Passed {
+        })
+    }
+
+    /// Puts a device behind its vIOMMU, if it has one. It can make that one offer less to the
+    /// others until the guest has seen it.
+    pub(super) fn place(
+        &self,
+        waiting: &Waiting,
+        viommus: &mut Viommus,
+    ) -> Result<(), PassthroughError> {
+        let config = &waiting.config;
+        viommus
+            .pass_through(waiting.slot.rid(), behind(config), self.host())
+            .map_err(|source| PassthroughError::Viommu {
                 path: config.path.clone(),
-                rid,
-                function,
-                _admitted: admitted,
-            });
+                source,
+            })
+    }
+
+    /// Makes a function of the guest of a device that was placed. What its vIOMMU offers is fixed
+    /// from here on.
+    pub(super) fn connect(
+        &self,
+        waiting: Waiting,
+        viommus: &Viommus,
+        interrupts: &Arc<Interrupts>,
+    ) -> Result<Passed, PassthroughError> {
+        let Waiting {
+            config,
+            slot,
+            known,
+            admitted,
+        } = waiting;
+        let hardware = admitted.device();
+        let has = |irq| hardware.interrupts(irq) > 0;
+        if has(Irq::Intx) && !has(Irq::Msi) && !has(Irq::Msix) {
+            log::warn!(
+                "device path={} has an interrupt line only, which the guest is not told of: \
+                 a driver that does not poll will wait in vain",
+                config.path.display()
+            );
         }
+        let paging = viommus.paging(self.paging);
+        let behind = behind(&config);
+        let messages = interrupts.source(slot.rid(), viommus.remapper(behind));
+        let direct: Arc<dyn DirectMemory> = self.slots.clone();
+        let connections = Connections {
+            messages: &*messages,
+            // The guest is told of no interrupt lines (no _PRT): messages only.
+            line: None,
+            direct,
+            peers: Some(self.host().clone()),
+        };
+        let function = admitted
+            .connect(
+                viommus.before(behind, paging),
+                &wishes(&config),
+                connections,
+            )
+            .map_err(|source| device_error(&config.path, source))?;
+        let rid = slot.fill(function.clone())?;
+        Ok(Passed {
+            rid,
+            function,
+            _known: known,
+            _admitted: admitted,
+        })
+    }
+
+    /// The guest was offered what all devices here have: later ones must have as much.
+    pub(super) fn freeze(&self) {
         self.host().freeze(self.host().capabilities());
-        Ok(passed)
+    }
+}
+
+impl Waiting {
+    /// Its address in the guest.
+    pub(super) fn rid(&self) -> Rid {
+        self.slot.rid()
     }
 }
 
 impl Passed {
-    /// The device, as the user named it.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Its address in the guest.
-    pub(super) fn rid(&self) -> Rid {
-        self.rid
-    }
-
     /// What is signalled, and what it means.
     pub(super) fn events(&self) -> [(&EventFd, DeviceEvent); 2] {
         [

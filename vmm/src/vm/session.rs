@@ -453,7 +453,6 @@ impl Session {
     }
 }
 
-#[expect(dead_code, reason = "hot-plug, which lands next, uses it")]
 /// What the VM needs of the session while it adds or removes a device.
 pub(super) struct Context<'s> {
     /// Where descriptors are watched.
@@ -464,7 +463,6 @@ pub(super) struct Context<'s> {
 }
 
 impl Context<'_> {
-    #[expect(dead_code, reason = "hot-plug, which lands next, uses it")]
     /// A device is gone: its name is free, a reboot does not bring it back, and who follows the
     /// events is told.
     pub(super) fn removed(&mut self, device: &PciDeviceInfo) {

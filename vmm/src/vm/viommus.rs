@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice, BusError};
@@ -25,6 +26,7 @@ use viommu::vtd::{
 use viommu::{GuestRam, Rid};
 
 use super::pasids::VmPasids;
+use super::slots::{Home, Slots};
 use crate::config::{Behind, PlatformConfig, UnitMode, ViommuConfig, ViommuKind};
 use crate::interrupts::remapping::{RemappingState, RemappingUnit};
 use crate::interrupts::{Interrupts, Remapper};
@@ -68,6 +70,16 @@ pub enum ViommuError {
         "vIOMMU {0} has vcmd=on, but not every device behind it has PASIDs; put the others behind another vIOMMU, or leave vcmd out"
     )]
     NoPasids(String),
+    /// A device that came late cannot use the PASIDs that the guest may have already.
+    #[error(
+        "the device has {has} bits of PASID, but the guest's virtual commands give PASIDs of {offered} bits; restart the VM with this device present, or leave vcmd out"
+    )]
+    FewPasids {
+        /// Its bits.
+        has: u8,
+        /// The guest's.
+        offered: u8,
+    },
 }
 
 impl From<Unsupported> for ViommuError {
@@ -259,10 +271,12 @@ impl Viommus {
         })
     }
 
-    /// The PCI functions that virtio-iommus are, and where they go.
-    pub(super) fn functions(&self) -> Vec<(Rid, Arc<VirtioIommu>)> {
+    /// The PCI functions that virtio-iommus are, with their names, and where they go.
+    pub(super) fn functions(&self) -> Vec<(String, Rid, Arc<VirtioIommu>)> {
         let virtio = self.placed.iter().filter_map(|placed| match &placed.front {
-            FrontEnd::Virtio { unit, rid, .. } => Some((*rid, VirtioIommu::new(unit.clone()))),
+            FrontEnd::Virtio { id, unit, rid } => {
+                Some((id.clone(), *rid, VirtioIommu::new(unit.clone())))
+            }
             FrontEnd::Vtd { .. } => None,
         });
         virtio.collect()
@@ -279,7 +293,7 @@ impl Viommus {
         let Some(placed) = self.find(behind).and_then(|at| self.placed.get_mut(at)) else {
             return Ok(DmaPort::direct(self.ram.clone()));
         };
-        self.pasids.limit(endpoint.pasid_bits);
+        self.pasids.limit(endpoint.pasid_bits)?;
         let port = self.engine.add_endpoint(rid, endpoint)?;
         let engine = Arc::new(self.engine.clone());
         if let Err(why) = placed.front.add(rid, engine, Regions::new()) {
@@ -301,7 +315,7 @@ impl Viommus {
         let Some(placed) = self.find(behind).and_then(|at| self.placed.get_mut(at)) else {
             return Ok(());
         };
-        self.pasids.limit(host.pasid_bits(rid));
+        self.pasids.limit(host.pasid_bits(rid))?;
         placed.front.add(rid, host.clone(), host.reserved())?;
         placed.endpoints.push(rid);
         Ok(())
@@ -329,6 +343,43 @@ impl Viommus {
         })
     }
 
+    /// Takes the endpoint `rid` away from what it is behind, whatever the guest does: its DMA is
+    /// blocked and nothing is kept for it.
+    pub(super) fn remove(&mut self, rid: Rid) {
+        for placed in &mut self.placed {
+            if placed.endpoints.contains(&rid) {
+                placed.endpoints.retain(|other| *other != rid);
+                placed.front.remove(rid);
+            }
+        }
+        // Where it is a device of the host, its back end is asked by its own way out.
+        self.engine.remove_endpoint(rid);
+    }
+
+    /// Which vIOMMU that is.
+    pub(super) fn home(&self, behind: Behind<'_>) -> Home {
+        self.find(behind)
+    }
+
+    /// The name of a vIOMMU.
+    pub(super) fn name(&self, home: Home) -> Option<&str> {
+        Some(self.placed.get(home?)?.front.id())
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.placed.len()
+    }
+
+    /// The VT-d units that nothing is behind.
+    pub(super) fn without_endpoints(&self) -> Vec<usize> {
+        let units = self.placed.iter().enumerate();
+        let bare = units.filter(|(_, placed)| {
+            matches!(placed.front, FrontEnd::Vtd { .. }) && placed.endpoints.is_empty()
+        });
+        bare.map(|(at, _)| at).collect()
+    }
+
     /// Who remaps the interrupts of a device that is there.
     pub(super) fn remapper(&self, behind: Behind<'_>) -> Option<Arc<dyn Remapper>> {
         self.placed.get(self.find(behind)?)?.front.remapper()
@@ -344,13 +395,22 @@ impl Viommus {
 
     /// Fixes what the guest sees, and tells it in ACPI tables.
     ///
-    /// Each vIOMMU names its endpoints one by one: a device that it does not name is behind none.
-    pub(super) fn freeze(&self) -> Result<Vec<Vec<u8>>, ViommuError> {
+    /// Each vIOMMU names its endpoints one by one, those that may come too: a device that it does
+    /// not name is behind none. `anchors` are functions that do no DMA, with the units that name
+    /// them.
+    pub(super) fn freeze(
+        &self,
+        slots: &Slots,
+        anchors: &[(Rid, usize)],
+    ) -> Result<Vec<Vec<u8>>, ViommuError> {
         let (mut units, mut topologies) = (Vec::new(), Vec::new());
         let mut interrupt_remapping = false;
         let mut pasid_bits = None;
-        for placed in &self.placed {
-            let endpoints = placed.endpoints.iter();
+        for (at, placed) in self.placed.iter().enumerate() {
+            let anchors = anchors.iter().filter(|(_, unit)| *unit == at);
+            let mut endpoints: BTreeSet<Rid> = slots.of(Some(at)).collect();
+            endpoints.extend(&placed.endpoints);
+            endpoints.extend(anchors.map(|(rid, _)| rid));
             match &placed.front {
                 FrontEnd::Vtd {
                     unit,
@@ -366,7 +426,7 @@ impl Viommus {
                         pasid_bits = Some(pasid_bits.unwrap_or(bits).min(bits));
                     }
                     let mut scopes: Vec<Scope> =
-                        endpoints.map(|rid| Scope::Endpoint(*rid)).collect();
+                        endpoints.into_iter().map(Scope::Endpoint).collect();
                     if remapping.is_some() && !interrupt_remapping {
                         interrupt_remapping = true;
                         scopes.push(Scope::Ioapic {
@@ -381,7 +441,8 @@ impl Viommus {
                     });
                 }
                 FrontEnd::Virtio { rid, .. } => {
-                    let ranges: Vec<(Rid, Rid)> = endpoints.map(|rid| (*rid, *rid)).collect();
+                    let ranges: Vec<(Rid, Rid)> =
+                        endpoints.into_iter().map(|rid| (rid, rid)).collect();
                     topologies.push(Topology::new(*rid, &ranges)?);
                 }
             }
@@ -437,6 +498,13 @@ impl FrontEnd {
         match self {
             Self::Vtd { unit, .. } => Ok(unit.add_endpoint(rid, backend)?),
             Self::Virtio { unit, .. } => Ok(unit.add_endpoint(rid, backend, reserved)?),
+        }
+    }
+
+    fn remove(&self, rid: Rid) {
+        match self {
+            Self::Vtd { unit, .. } => unit.remove_endpoint(rid),
+            Self::Virtio { unit, .. } => unit.remove_endpoint(rid),
         }
     }
 

@@ -8,11 +8,12 @@ use crate::pci::bar::Bar;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::function::{Decoded, Effect, PciFunction};
 
-/// The host bridge, 00:00.0: there so that the bus has one, as on every PC.
-pub(super) struct HostBridge(Mutex<ConfigSpace>);
+/// The host bridge, 00:00.0: there so that the bus has one, as on every PC. It has no registers,
+/// does no DMA and has no interrupts, so another one is a function that is nothing but there.
+pub struct HostBridge(Mutex<ConfigSpace>);
 
-impl HostBridge {
-    pub(super) fn new() -> Self {
+impl Default for HostBridge {
+    fn default() -> Self {
         Self(Mutex::new(ConfigSpace::new(Identity {
             // Red Hat's generic PCI Express host bridge: no guest has quirks for it.
             vendor: 0x1b36,
@@ -23,7 +24,9 @@ impl HostBridge {
             ..Identity::default()
         })))
     }
+}
 
+impl HostBridge {
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -57,7 +60,7 @@ impl PciFunction for HostBridge {
     }
 
     fn reset(&self) -> Effect {
-        let fresh = Self::new();
+        let fresh = Self::default();
         *self.config() = fresh.config().clone();
         Effect::default()
     }

@@ -14,9 +14,9 @@ use arc_swap::ArcSwap;
 use thiserror::Error;
 use viommu::Rid;
 
+pub use self::bridge::HostBridge;
 pub use self::ports::{ConfigPorts, Ecam};
 
-use self::bridge::HostBridge;
 use crate::bus::{Bus, BusDevice};
 use crate::limit::warn_limited;
 use crate::pci::bar::{Bar, BarKind};
@@ -156,7 +156,7 @@ impl PciRoot {
     ) -> Arc<Self> {
         let bridge = Present {
             rid: Rid::new(0, 0, 0),
-            function: Arc::new(HostBridge::new()),
+            function: Arc::new(HostBridge::default()),
         };
         Arc::new_cyclic(|this| Self {
             config,
