@@ -9,6 +9,7 @@ pub mod disk;
 pub mod ending;
 pub mod engine;
 pub mod harness;
+pub mod hotplug;
 pub mod kernel;
 pub mod memory;
 pub mod net;
@@ -31,6 +32,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("disk", disk::TESTS),
     ("ending", ending::TESTS),
     ("engine", engine::TESTS),
+    ("hotplug", hotplug::TESTS),
     ("kernel", kernel::TESTS),
     ("memory", memory::TESTS),
     ("net", net::TESTS),

@@ -90,13 +90,13 @@ const NVME: &str = "0000:00:10.0";
 const SLOW: Duration = Duration::from_secs(100);
 
 /// A device of the host that is bound to vfio-pci, and goes back to its driver with the value.
-struct Bound {
+pub(crate) struct Bound {
     sysfs: PathBuf,
     address: &'static str,
 }
 
 impl Bound {
-    fn new(address: &'static str) -> Result<Self> {
+    pub(crate) fn new(address: &'static str) -> Result<Self> {
         let sysfs = Path::new("/sys/bus/pci/devices").join(address);
         let bound = Self { sysfs, address };
         bound.rebind("vfio-pci")?;
@@ -119,6 +119,22 @@ impl Bound {
             write(self.sysfs.join("driver/unbind"), self.address)?;
         }
         write("/sys/bus/pci/drivers_probe".into(), self.address)
+    }
+
+    /// Where it is in sysfs.
+    pub(crate) fn sysfs(&self) -> &Path {
+        &self.sysfs
+    }
+
+    /// Gives an NVMe drive to the host's driver, which finds its namespace, and takes it again.
+    pub(crate) fn works_on_the_host(&self) -> Result<()> {
+        self.rebind("")?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !Path::new("/dev/nvme0n1").exists() {
+            ensure!(Instant::now() < deadline, "the host has no {}", self.address);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        self.rebind("vfio-pci")
     }
 
     fn option(&self, more: &str) -> String {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use agent::{Client, Output};
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::api::Api;
 use super::{Lab, dmesg, process};
 
 /// How long a guest may take until its agent answers.
@@ -35,6 +36,8 @@ pub struct Guest {
     verbose: bool,
     tools: bool,
     arguments: Vec<String>,
+    /// Where nestling takes requests.
+    api: Option<PathBuf>,
 }
 
 impl Guest {
@@ -49,6 +52,7 @@ impl Guest {
             verbose: false,
             tools: false,
             arguments: Vec::new(),
+            api: None,
         }
     }
 
@@ -102,6 +106,14 @@ impl Guest {
     /// With an option of `nestling run`.
     pub fn option(mut self, name: &str, value: &str) -> Self {
         self.arguments.extend([name.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// With nestling's API.
+    pub fn api(mut self, lab: &Lab) -> Self {
+        let socket = lab.file("api");
+        self = self.option("--api-socket", &format!("path={}", socket.display()));
+        self.api = Some(socket);
         self
     }
 
@@ -166,6 +178,7 @@ impl Guest {
             child,
             client: None,
             socket,
+            api: self.api.clone(),
             console,
             said,
             kept: lab.logs().join(format!("guest-{number}")),
@@ -212,6 +225,7 @@ pub struct Machine {
     child: Child,
     client: Option<Client>,
     socket: PathBuf,
+    api: Option<PathBuf>,
     console: PathBuf,
     said: PathBuf,
     /// Where its logs are kept: this and an ending.
@@ -242,6 +256,20 @@ impl Machine {
             }
             Err(error) => Err(anyhow!(error).context(self.last_words())),
         }
+    }
+
+    /// nestling's API, for which the guest was described [with it](Guest::api).
+    pub fn api(&self) -> Api {
+        Api::new(self.api.as_deref().unwrap_or(Path::new("/nonexistent")))
+    }
+
+    /// Whether the guest takes commands, after no more than two seconds.
+    pub fn answers(&mut self) -> bool {
+        if self.client.is_none() {
+            let client = Client::connect(&self.socket, Duration::from_secs(2), || true);
+            self.client = client.ok();
+        }
+        self.client.is_some()
     }
 
     /// nestling's process.

@@ -1,5 +1,6 @@
 //! What the guest tests are written with.
 
+pub mod api;
 pub mod dmesg;
 mod guest;
 pub mod payload;

@@ -1,0 +1,511 @@
+//! Devices that come and go while the guest runs: disks, network cards, the DMA test engine and
+//! the host's NVMe drive, behind a VT-d unit, a virtio-iommu or nothing.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::harness::api::{Answer, Api};
+use crate::harness::process::{self, Holding};
+use crate::harness::{Guest, Lab, Machine, Test, show, tap::Tap};
+use crate::net::exchange;
+use crate::passthrough::Bound;
+
+/// The tests.
+pub const TESTS: &[Test] = &[
+    Test::new("devices_come_and_go_without_a_viommu", |lab| {
+        come_and_go(lab, Guest::debian("6.1").cpus(2), None)
+    }),
+    Test::new("devices_come_and_go_behind_a_unit_that_has_none", |lab| {
+        let guest = Guest::debian("7.2").cmdline("intel_iommu=on");
+        come_and_go(lab, guest, Some("type=vtd,id=unit"))
+    }),
+    Test::new("devices_come_and_go_behind_a_virtio_iommu", |lab| {
+        come_and_go(lab, Guest::lab_kernel().cpus(2), Some("type=virtio,id=unit"))
+    }),
+    Test::new("what_cannot_be_added_leaves_nothing", refusals),
+    Test::new(
+        "a_device_that_comes_while_the_guest_boots_is_there",
+        while_booting,
+    ),
+    Test::new("a_guest_that_does_not_let_go_is_waited_for_or_not", stubborn),
+    Test::new("an_nvme_drive_comes_and_goes", |lab| nvme(lab, 2))
+        .profile("vtd")
+        .limit(500),
+    Test::new("200_cycles_leave_nothing_without_a_viommu", |lab| {
+        cycles(lab, Guest::lab_kernel(), None, 200)
+    })
+    .limit(1800)
+    .on_request(),
+    Test::new("200_cycles_leave_nothing_behind_a_unit", |lab| {
+        let guest = Guest::lab_kernel().cmdline("intel_iommu=on");
+        cycles(lab, guest, Some("type=vtd,id=unit"), 200)
+    })
+    .limit(1800)
+    .on_request(),
+    Test::new("200_cycles_leave_nothing_behind_a_virtio_iommu", |lab| {
+        cycles(lab, Guest::lab_kernel(), Some("type=virtio,id=unit"), 200)
+    })
+    .limit(1800)
+    .on_request(),
+    Test::new("200_cycles_of_an_nvme_drive_leave_nothing", |lab| {
+        nvme(lab, 70)
+    })
+    .profile("vtd")
+    .limit(3000)
+    .on_request(),
+    Test::new("killed_at_any_point_the_host_is_clean", killed)
+        .profile("vtd")
+        .limit(1200)
+        .on_request(),
+];
+
+const NVME: &str = "0000:00:10.0";
+const HOST: &str = "192.168.80.1";
+const GUEST: &str = "192.168.80.2";
+const SLOW: Duration = Duration::from_secs(100);
+
+/// A guest whose devices are to come and go, and what it had before.
+struct Plugging {
+    guest: Machine,
+    api: Api,
+    viommu: Option<&'static str>,
+    before: Before,
+}
+
+/// What must be the same after all that came has gone.
+struct Before {
+    info: Value,
+    viommus: Value,
+    addresses: String,
+    holding: Holding,
+}
+
+impl Plugging {
+    fn boot(lab: &Lab, guest: Guest, viommu: Option<&str>) -> Result<Self> {
+        let guest = match viommu {
+            Some(unit) => guest.option("--viommu", unit),
+            None => guest,
+        };
+        let mut guest = guest.api(lab).boot(lab)?;
+        let api = guest.api();
+        let before = Before::now(&mut guest, &api)?;
+        Ok(Self {
+            guest,
+            api,
+            viommu: viommu.map(|_| "unit"),
+            before,
+        })
+    }
+
+    /// `config` for where the devices of this guest are.
+    fn placed(&self, mut config: Value) -> Value {
+        if let Some(unit) = self.viommu {
+            config["viommu"] = unit.into();
+        }
+        config
+    }
+
+    /// Adds a device; its address, which the guest and nestling agree on.
+    fn add(&mut self, kind: &str, config: Value) -> Result<String> {
+        let config = self.placed(config);
+        let added = self.api.put(&format!("vm.add-{kind}"), &config)?;
+        let bdf = added["bdf"].as_str().context("no bdf")?.to_owned();
+        if let Some(id) = config["id"].as_str() {
+            ensure!(added["id"] == id, "{id} was added as {added}");
+        }
+        let info = self.api.get("vm.info")?;
+        let id = added["id"].as_str().context("no id")?;
+        let node = &info["device_tree"][id];
+        ensure!(
+            node["pci_bdf"] == bdf.as_str() && node["removable"] == true,
+            "vm.info says {node} of {added}"
+        );
+        self.guest.run(&format!(
+            "for i in $(seq 100); do [ -e /sys/bus/pci/devices/{bdf}/driver ] && exit 0; \
+             sleep 0.1; done; exit 1"
+        ))?;
+        Ok(bdf)
+    }
+
+    /// Removes a device, which the guest and nestling agree on.
+    fn remove(&mut self, id: &str, bdf: &str) -> Result<()> {
+        self.api.put("vm.remove-device", &json!({"id": id}))?;
+        let info = self.api.get("vm.info")?;
+        ensure!(
+            info["device_tree"][id].is_null(),
+            "{id} is still in {info:#}"
+        );
+        self.guest
+            .run(&format!("! [ -e /sys/bus/pci/devices/{bdf} ]"))?;
+        Ok(())
+    }
+
+    /// Everything is as it was before the first device came.
+    fn nothing_is_left(&mut self) -> Result<()> {
+        let now = Before::now(&mut self.guest, &self.api)?;
+        let before = &self.before;
+        ensure!(
+            now.info == before.info,
+            "vm.info was {:#}, now it is {:#}",
+            before.info,
+            now.info
+        );
+        ensure!(
+            now.viommus == before.viommus,
+            "the vIOMMUs were {:#}, now they are {:#}",
+            before.viommus,
+            now.viommus
+        );
+        ensure!(
+            now.addresses == before.addresses,
+            "the guest had {}, now it has {}",
+            before.addresses,
+            now.addresses
+        );
+        ensure!(
+            (now.holding.fds, now.holding.threads)
+                == (before.holding.fds, before.holding.threads),
+            "nestling held {:?}, now it holds {:?}",
+            before.holding,
+            now.holding
+        );
+        Ok(())
+    }
+}
+
+impl Before {
+    fn now(guest: &mut Machine, api: &Api) -> Result<Self> {
+        let info = api.get("vm.info")?;
+        Ok(Self {
+            info: json!([info["config"], info["device_tree"]]),
+            viommus: without_counts(guest.viommus()?),
+            addresses: guest.run("ls /sys/bus/pci/devices")?,
+            holding: process::holding(guest.pid())?,
+        })
+    }
+}
+
+/// What is there, without what was counted on the way.
+fn without_counts(viommus: Value) -> Value {
+    let mut units: Vec<Value> = viommus.as_array().cloned().unwrap_or_default();
+    for unit in &mut units {
+        for counts in ["queue", "back_end", "counters", "faults"] {
+            if let Some(unit) = unit.as_object_mut() {
+                unit.remove(counts);
+            }
+        }
+    }
+    units.into()
+}
+
+/// The name of the block device at a PCI address, when the guest has it.
+fn block(guest: &mut Machine, bdf: &str) -> Result<String> {
+    let name = guest.run(&format!(
+        "for i in $(seq 100); do \
+         for d in /sys/bus/pci/devices/{bdf}/virtio*/block/* \
+         /sys/bus/pci/devices/{bdf}/nvme/nvme*/nvme*n1; do \
+         [ -e $d ] && [ -b /dev/${{d##*/}} ] && echo ${{d##*/}} && exit 0; done; \
+         sleep 0.1; done; exit 1"
+    ))?;
+    Ok(name.trim().to_owned())
+}
+
+/// What is written to the disk at `bdf` is read back from it.
+fn disk_keeps(guest: &mut Machine, bdf: &str, mib: u32) -> Result<String> {
+    let name = block(guest, bdf)?;
+    let out = guest.run_within(
+        SLOW,
+        &format!(
+            "head -c {} /dev/urandom > /tmp/data && sha256sum < /tmp/data && \
+             dd if=/tmp/data of=/dev/{name} bs=1M conv=notrunc 2> /dev/null && sync && \
+             echo 3 > /proc/sys/vm/drop_caches && \
+             dd if=/dev/{name} bs=1M count={mib} 2> /dev/null | sha256sum",
+            mib << 20
+        ),
+    )?;
+    let sums: Vec<&str> = out.lines().filter(|line| line.ends_with('-')).collect();
+    ensure!(
+        sums.len() == 2 && sums[0] == sums[1],
+        "written and read back are not the same: {out}"
+    );
+    Ok(sums[0].split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// The first MiBs of a file of the host.
+fn begins_with(image: &Path, mib: u32, sum: &str) -> Result<()> {
+    let command = format!("head -c {} '{}' | sha256sum", mib << 20, image.display());
+    let output = Command::new("sh").args(["-c", &command]).output()?;
+    let found = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        found.starts_with(sum),
+        "the guest wrote {sum}, the image has {found}"
+    );
+    Ok(())
+}
+
+/// The interface at a PCI address has an address and reaches the host.
+fn card_works(lab: &Lab, guest: &mut Machine, bdf: &str) -> Result<()> {
+    guest.run(&format!(
+        "e=$(ls /sys/bus/pci/devices/{bdf}/virtio*/net) && ip addr flush dev $e && \
+         ip addr add {GUEST}/24 dev $e && ip link set $e up && ping -c 2 -W 5 -s 4000 {HOST}"
+    ))?;
+    exchange(lab, guest, HOST, 1 << 20)
+}
+
+fn come_and_go(lab: &Lab, guest: Guest, viommu: Option<&str>) -> Result<()> {
+    let (first, second) = (lab.image("first", 16)?, lab.image("second", 16)?);
+    let tap = Tap::new("lab2", &format!("{HOST}/24"))?;
+    let mut vm = Plugging::boot(lab, guest.tools(), viommu)?;
+    let disk = |image: &Path, id: &str| json!({"path": image.display().to_string(), "id": id});
+
+    let at = vm.add("disk", disk(&first, "first"))?;
+    begins_with(&first, 4, &disk_keeps(&mut vm.guest, &at, 4)?)?;
+    // The others come and go while the first one works.
+    let name = block(&mut vm.guest, &at)?;
+    vm.guest.run(&format!(
+        "(while [ ! -e /tmp/stop ]; do echo 3 > /proc/sys/vm/drop_caches; \
+         dd if=/dev/{name} bs=64k count=64 of=/dev/null; done) > /dev/null 2>&1 < /dev/null &"
+    ))?;
+    let card = vm.add("net", json!({"tap": tap.name(), "id": "card"}))?;
+    card_works(lab, &mut vm.guest, &card)?;
+    let other = vm.add("disk", disk(&second, "second"))?;
+    begins_with(&second, 4, &disk_keeps(&mut vm.guest, &other, 4)?)?;
+    let seen = vm.guest.run("lspci -D -n")?;
+    for (bdf, id) in [(&at, "1af4:1042"), (&card, "1af4:1041"), (&other, "1af4:1042")] {
+        let line = seen.lines().find(|line| line.starts_with(bdf.as_str()));
+        let line = line.with_context(|| format!("lspci does not show {bdf}:\n{seen}"))?;
+        ensure!(line.contains(id), "lspci shows another device: {line}");
+    }
+    let twice = vm.api.ask("PUT", "vm.add-disk", &vm.placed(disk(&second, "second")))?;
+    refused(&twice, 409, "id-in-use")?;
+    vm.remove("card", &card)?;
+    vm.remove("second", &other)?;
+    // Names and addresses are free at once, and what comes there is another device.
+    let again = vm.add("disk", disk(&second, "card"))?;
+    ensure!(again == card, "the slot at {card} is not used again, but {again}");
+    begins_with(&second, 4, &disk_keeps(&mut vm.guest, &again, 4)?)?;
+    vm.remove("card", &again)?;
+    let engine = vm.placed(json!({"id": "engine"}));
+    let engine = vm.api.put("vm.add-test-device", &engine)?;
+    ensure!(engine["id"] == "engine", "{engine}");
+    vm.api.put("vm.remove-device", &json!({"id": "engine"}))?;
+
+    // The last one goes with reads under way, which its driver loses.
+    let log = vm.guest.run("dmesg -r")?;
+    vm.guest.run("mkdir -p /tmp/log && dmesg -r > /tmp/log/before")?;
+    ensure!(!log.contains("I/O error"), "I/O errors:\n{log}");
+    vm.remove("first", &at)?;
+    vm.guest.run("touch /tmp/stop; sleep 1; dmesg -c > /dev/null")?;
+    vm.nothing_is_left()?;
+    vm.guest.power_off()?;
+    Ok(())
+}
+
+/// An answer that is an error of this kind.
+fn refused(answer: &Answer, status: u16, code: &str) -> Result<()> {
+    ensure!(
+        answer.status == status && answer.body["code"] == code,
+        "{status} {code} was expected, the answer is {answer:?}"
+    );
+    Ok(())
+}
+
+fn refusals(lab: &Lab) -> Result<()> {
+    let image = lab.image("disk", 16)?;
+    let guest = Guest::lab_kernel().cmdline("intel_iommu=on");
+    let mut vm = Plugging::boot(lab, guest, Some("type=vtd,id=unit"))?;
+    let path = image.display().to_string();
+    let wrong = |request: &str, config: Value, status: u16, code: &str| {
+        refused(&vm.api.ask("PUT", request, &config)?, status, code)
+            .with_context(|| format!("{request} {config}"))
+    };
+    wrong("vm.add-disk", json!({"path": "/no/such"}), 422, "host-refused")?;
+    wrong("vm.add-disk", json!({"path": path, "viommu": "x"}), 400, "invalid-config")?;
+    wrong("vm.add-disk", json!({"path": path, "size": 1}), 400, "invalid-config")?;
+    wrong("vm.add-disk", json!({"path": path, "id": "unit"}), 409, "id-in-use")?;
+    wrong("vm.add-net", json!({"tap": "no/such"}), 422, "host-refused")?;
+    let nvme = json!({"path": "/sys/bus/pci/devices/0000:ff:1f.7"});
+    wrong("vm.add-device", nvme, 422, "host-refused")?;
+    wrong("vm.remove-device", json!({"id": "nobody"}), 404, "no-such-device")?;
+    wrong("vm.remove-device", json!({"id": "__rng"}), 409, "not-removable")?;
+    vm.nothing_is_left()?;
+
+    // Every slot, and no more; the guest's own addresses run out at the same time as ours.
+    let mut added = Vec::new();
+    let full = loop {
+        let disk = json!({"path": path, "readonly": true, "viommu": "unit"});
+        let answer = vm.api.ask("PUT", "vm.add-disk", &disk)?;
+        match answer.status {
+            200 => added.push(answer.body),
+            _ => break answer,
+        }
+    };
+    refused(&full, 422, "no-free-slot")?;
+    ensure!(added.len() >= 10, "there are only {} slots", added.len());
+    show(format!("{} slots behind the unit", added.len()));
+    for one in &added {
+        let bdf = one["bdf"].as_str().context("no bdf")?;
+        block(&mut vm.guest, bdf)?;
+    }
+    for one in added {
+        vm.api.put("vm.remove-device", &json!({"id": one["id"]}))?;
+    }
+    vm.nothing_is_left()?;
+    vm.guest.power_off()?;
+    Ok(())
+}
+
+fn while_booting(lab: &Lab) -> Result<()> {
+    let image = lab.image("disk", 16)?;
+    let guest = Guest::debian("6.12").cpus(2).cmdline("intel_iommu=on");
+    let guest = guest.option("--viommu", "type=vtd,id=unit").api(lab);
+    let mut machine = guest.start(lab)?;
+    let api = machine.api();
+    api.wait(SLOW)?;
+    let mut added = Vec::new();
+    // One every now and then, until the guest is up.
+    while !machine.answers() {
+        if added.len() < 8 {
+            let disk = json!({
+                "path": image.display().to_string(), "readonly": true, "viommu": "unit",
+            });
+            let answer = api.ask("PUT", "vm.add-disk", &disk)?;
+            ensure!(answer.status == 200, "{answer:?}");
+            added.push(answer.body);
+        }
+        std::thread::sleep(Duration::from_millis(1500));
+    }
+    show(format!("{} disks came while the guest booted", added.len()));
+    for one in &added {
+        let bdf = one["bdf"].as_str().context("no bdf")?;
+        let name = block(&mut machine, bdf)?;
+        machine.run(&format!("dd if=/dev/{name} of=/dev/null bs=1M count=1"))?;
+    }
+    for one in added {
+        api.put("vm.remove-device", &json!({"id": one["id"]}))?;
+    }
+    machine.power_off()?;
+    Ok(())
+}
+
+/// A guest whose driver for hot-plug is off.
+fn stubborn(lab: &Lab) -> Result<()> {
+    let image = lab.image("disk", 16)?;
+    let option = format!("path={},iommu=on,id=disk", image.display());
+    let mut machine = Guest::lab_kernel()
+        .cmdline("intel_iommu=on acpiphp.disable=1")
+        .option("--viommu", "type=vtd,id=unit")
+        .option("--disk", &option)
+        .api(lab)
+        .boot(lab)?;
+    let api = machine.api();
+    disk_keeps(&mut machine, "0000:00:01.0", 4)?;
+    let before = process::holding(machine.pid())?;
+    let remove = json!({"id": "disk", "timeout": 1});
+    let late = api.ask("PUT", "vm.remove-device", &remove)?;
+    refused(&late, 503, "guest-did-not-eject")?;
+    // It stays, and works.
+    disk_keeps(&mut machine, "0000:00:01.0", 4)?;
+    let force = json!({"id": "disk", "timeout": 1, "force": true});
+    api.put("vm.remove-device", &force)?;
+    let after = process::holding(machine.pid())?;
+    ensure!(
+        after.fds < before.fds && after.threads < before.threads,
+        "nestling held {before:?}, without the disk {after:?}"
+    );
+    let units = machine.viommus()?;
+    let endpoints = units[0]["endpoints"].as_array().map_or(9, Vec::len);
+    ensure!(endpoints == 0, "the unit still has {endpoints} endpoints");
+    machine.run("ls / > /dev/null; dmesg -c > /dev/null")?;
+    machine.end_by("poweroff -f")?;
+    Ok(())
+}
+
+/// One after the other; each comes without a name, works and goes.
+fn cycles(lab: &Lab, guest: Guest, viommu: Option<&str>, count: u32) -> Result<()> {
+    let image = lab.image("disk", 16)?;
+    let tap = Tap::new("lab2", &format!("{HOST}/24"))?;
+    let mut vm = Plugging::boot(lab, guest, viommu)?;
+    let mut early = None;
+    for n in 0..count {
+        let path = image.display().to_string();
+        let disk = vm.add("disk", json!({"path": path, "id": "disk"}))?;
+        let card = vm.add("net", json!({"tap": tap.name(), "id": "card"}))?;
+        begins_with(&image, 1, &disk_keeps(&mut vm.guest, &disk, 1)?)?;
+        vm.remove("disk", &disk)?;
+        vm.remove("card", &card)?;
+        if n == 9 {
+            early = Some(process::holding(vm.guest.pid())?);
+        }
+    }
+    vm.nothing_is_left()?;
+    let now = process::holding(vm.guest.pid())?;
+    if let Some(early) = early {
+        show(format!(
+            "own memory after 10 cycles {} KiB, after {count} {} KiB",
+            early.own_kib, now.own_kib
+        ));
+        ensure!(
+            now.own_kib <= early.own_kib + 2048,
+            "nestling's own memory grew from {early:?} to {now:?}"
+        );
+    }
+    vm.guest.power_off()?;
+    Ok(())
+}
+
+fn nvme(lab: &Lab, count: u32) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    let path = drive.sysfs().display().to_string();
+    for viommu in [
+        None,
+        Some("type=vtd,id=unit,mode=legacy"),
+        Some("type=virtio,id=unit"),
+    ] {
+        let guest = Guest::lab_kernel().cmdline("intel_iommu=on");
+        let mut vm = Plugging::boot(lab, guest, viommu)?;
+        for _ in 0..count {
+            let at = vm.add("device", json!({"path": path, "id": "drive"}))?;
+            disk_keeps(&mut vm.guest, &at, 2)?;
+            let twice = json!({"path": path});
+            let twice = vm.api.ask("PUT", "vm.add-device", &vm.placed(twice))?;
+            refused(&twice, 409, "device-in-use")?;
+            vm.remove("drive", &at)?;
+        }
+        vm.nothing_is_left()?;
+        vm.guest.power_off()?;
+    }
+    Ok(())
+}
+
+/// The host has its drive back after nestling was killed, wherever it was.
+fn killed(lab: &Lab) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    let path = drive.sysfs().display().to_string();
+    for n in 0..6u64 {
+        let guest = Guest::lab_kernel().cmdline("intel_iommu=on");
+        let vm = Plugging::boot(lab, guest, Some("type=vtd,id=unit,mode=legacy"))?;
+        let add = vm.placed(json!({"path": path, "id": "drive"}));
+        let api = vm.api.clone();
+        let worker = std::thread::spawn(move || {
+            // As often as it goes.
+            while api.ask("PUT", "vm.add-device", &add).is_ok() {
+                if api.ask("PUT", "vm.remove-device", &json!({"id": "drive"})).is_err() {
+                    break;
+                }
+            }
+        });
+        std::thread::sleep(Duration::from_millis(300 + 977 * n));
+        vm.guest.signal(libc::SIGKILL)?;
+        vm.guest.wait(SLOW)?;
+        if worker.join().is_err() {
+            bail!("the client panicked");
+        }
+        drive.works_on_the_host()?;
+    }
+    Ok(())
+}
