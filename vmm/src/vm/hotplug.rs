@@ -439,7 +439,7 @@ fn step_of(error: &PassthroughError) -> Step {
         PassthroughError::Device { source, .. } | PassthroughError::Host(source) => match source {
             HostError::Iommufd { .. } | HostError::Open(_) => Step::Open,
             HostError::Unfit(Unfit::ReservedByDevice(_)) => Step::ReservedRegions,
-            HostError::Unfit(_) => Step::Capabilities,
+            HostError::Unfit(_) | HostError::NotOffered(_) => Step::Capabilities,
             HostError::Refused(_) => Step::Viommu,
             HostError::Device { .. } => Step::Function,
         },
