@@ -24,14 +24,21 @@ pub const TESTS: &[Test] = &[
         come_and_go(lab, guest, Some("type=vtd,id=unit"))
     }),
     Test::new("devices_come_and_go_behind_a_virtio_iommu", |lab| {
-        come_and_go(lab, Guest::lab_kernel().cpus(2), Some("type=virtio,id=unit"))
+        come_and_go(
+            lab,
+            Guest::lab_kernel().cpus(2),
+            Some("type=virtio,id=unit"),
+        )
     }),
     Test::new("what_cannot_be_added_leaves_nothing", refusals),
     Test::new(
         "a_device_that_comes_while_the_guest_boots_is_there",
         while_booting,
     ),
-    Test::new("a_guest_that_does_not_let_go_is_waited_for_or_not", stubborn),
+    Test::new(
+        "a_guest_that_does_not_let_go_is_waited_for_or_not",
+        stubborn,
+    ),
     Test::new("an_nvme_drive_comes_and_goes", |lab| nvme(lab, 2))
         .profile("vtd")
         .limit(500),
@@ -167,8 +174,7 @@ impl Plugging {
             now.addresses
         );
         ensure!(
-            (now.holding.fds, now.holding.threads)
-                == (before.holding.fds, before.holding.threads),
+            (now.holding.fds, now.holding.threads) == (before.holding.fds, before.holding.threads),
             "nestling held {:?}, now it holds {:?}",
             before.holding,
             now.holding
@@ -275,18 +281,27 @@ fn come_and_go(lab: &Lab, guest: Guest, viommu: Option<&str>) -> Result<()> {
     let other = vm.add("disk", disk(&second, "second"))?;
     begins_with(&second, 4, &disk_keeps(&mut vm.guest, &other, 4)?)?;
     let seen = vm.guest.run("lspci -D -n")?;
-    for (bdf, id) in [(&at, "1af4:1042"), (&card, "1af4:1041"), (&other, "1af4:1042")] {
+    for (bdf, id) in [
+        (&at, "1af4:1042"),
+        (&card, "1af4:1041"),
+        (&other, "1af4:1042"),
+    ] {
         let line = seen.lines().find(|line| line.starts_with(bdf.as_str()));
         let line = line.with_context(|| format!("lspci does not show {bdf}:\n{seen}"))?;
         ensure!(line.contains(id), "lspci shows another device: {line}");
     }
-    let twice = vm.api.ask("PUT", "vm.add-disk", &vm.placed(disk(&second, "second")))?;
+    let twice = vm
+        .api
+        .ask("PUT", "vm.add-disk", &vm.placed(disk(&second, "second")))?;
     refused(&twice, 409, "id-in-use")?;
     vm.remove("card", &card)?;
     vm.remove("second", &other)?;
     // Names and addresses are free at once, and what comes there is another device.
     let again = vm.add("disk", disk(&second, "card"))?;
-    ensure!(again == card, "the slot at {card} is not used again, but {again}");
+    ensure!(
+        again == card,
+        "the slot at {card} is not used again, but {again}"
+    );
     begins_with(&second, 4, &disk_keeps(&mut vm.guest, &again, 4)?)?;
     vm.remove("card", &again)?;
     let engine = vm.placed(json!({"id": "engine"}));
@@ -296,10 +311,12 @@ fn come_and_go(lab: &Lab, guest: Guest, viommu: Option<&str>) -> Result<()> {
 
     // The last one goes with reads under way, which its driver loses.
     let log = vm.guest.run("dmesg -r")?;
-    vm.guest.run("mkdir -p /tmp/log && dmesg -r > /tmp/log/before")?;
+    vm.guest
+        .run("mkdir -p /tmp/log && dmesg -r > /tmp/log/before")?;
     ensure!(!log.contains("I/O error"), "I/O errors:\n{log}");
     vm.remove("first", &at)?;
-    vm.guest.run("touch /tmp/stop; sleep 1; dmesg -c > /dev/null")?;
+    vm.guest
+        .run("touch /tmp/stop; sleep 1; dmesg -c > /dev/null")?;
     vm.nothing_is_left()?;
     vm.guest.power_off()?;
     Ok(())
@@ -323,15 +340,45 @@ fn refusals(lab: &Lab) -> Result<()> {
         refused(&vm.api.ask("PUT", request, &config)?, status, code)
             .with_context(|| format!("{request} {config}"))
     };
-    wrong("vm.add-disk", json!({"path": "/no/such"}), 422, "host-refused")?;
-    wrong("vm.add-disk", json!({"path": path, "viommu": "x"}), 400, "invalid-config")?;
-    wrong("vm.add-disk", json!({"path": path, "size": 1}), 400, "invalid-config")?;
-    wrong("vm.add-disk", json!({"path": path, "id": "unit"}), 409, "id-in-use")?;
+    wrong(
+        "vm.add-disk",
+        json!({"path": "/no/such"}),
+        422,
+        "host-refused",
+    )?;
+    wrong(
+        "vm.add-disk",
+        json!({"path": path, "viommu": "x"}),
+        400,
+        "invalid-config",
+    )?;
+    wrong(
+        "vm.add-disk",
+        json!({"path": path, "size": 1}),
+        400,
+        "invalid-config",
+    )?;
+    wrong(
+        "vm.add-disk",
+        json!({"path": path, "id": "unit"}),
+        409,
+        "id-in-use",
+    )?;
     wrong("vm.add-net", json!({"tap": "no/such"}), 422, "host-refused")?;
     let nvme = json!({"path": "/sys/bus/pci/devices/0000:ff:1f.7"});
     wrong("vm.add-device", nvme, 422, "host-refused")?;
-    wrong("vm.remove-device", json!({"id": "nobody"}), 404, "no-such-device")?;
-    wrong("vm.remove-device", json!({"id": "__rng"}), 409, "not-removable")?;
+    wrong(
+        "vm.remove-device",
+        json!({"id": "nobody"}),
+        404,
+        "no-such-device",
+    )?;
+    wrong(
+        "vm.remove-device",
+        json!({"id": "__rng"}),
+        409,
+        "not-removable",
+    )?;
     vm.nothing_is_left()?;
 
     // Every slot, and no more; the guest's own addresses run out at the same time as ours.
@@ -494,7 +541,10 @@ fn killed(lab: &Lab) -> Result<()> {
         let worker = std::thread::spawn(move || {
             // As often as it goes.
             while api.ask("PUT", "vm.add-device", &add).is_ok() {
-                if api.ask("PUT", "vm.remove-device", &json!({"id": "drive"})).is_err() {
+                if api
+                    .ask("PUT", "vm.remove-device", &json!({"id": "drive"}))
+                    .is_err()
+                {
                     break;
                 }
             }

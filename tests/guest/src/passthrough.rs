@@ -131,7 +131,11 @@ impl Bound {
         self.rebind("")?;
         let deadline = Instant::now() + Duration::from_secs(30);
         while !Path::new("/dev/nvme0n1").exists() {
-            ensure!(Instant::now() < deadline, "the host has no {}", self.address);
+            ensure!(
+                Instant::now() < deadline,
+                "the host has no {}",
+                self.address
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
         self.rebind("vfio-pci")

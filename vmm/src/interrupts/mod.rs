@@ -192,6 +192,12 @@ impl Interrupts {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// How many vectors and pins there are.
+    #[cfg(test)]
+    pub(crate) fn lines(&self) -> usize {
+        self.state().lines.len()
+    }
+
     /// The source of vectors for the PCI function `rid`.
     pub fn source(
         self: &Arc<Self>,

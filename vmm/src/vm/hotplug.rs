@@ -449,3 +449,7 @@ fn step_of(error: &PassthroughError) -> Step {
         _ => Step::Open,
     }
 }
+
+#[cfg(test)]
+#[path = "hotplug_tests.rs"]
+mod tests;
