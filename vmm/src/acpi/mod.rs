@@ -277,8 +277,34 @@ mod tests {
     fn tables_that_do_not_fit_are_refused_with_both_sizes() {
         let error = made(1, &[vec![0; 0x2_0000]]).unwrap_err();
         assert!(
-            error.to_string().contains("and there are 131072"),
+            error
+                .to_string()
+                .contains(&format!("and there are {}", ACPI_AREA.len())),
             "{error}"
         );
+    }
+
+    #[test]
+    fn the_dsdt_has_a_device_that_can_be_ejected_for_each_slot_and_no_other() {
+        let tables = all(&made(1, &[]).unwrap());
+        let dsdt = &tables.iter().find(|(name, _)| name == "DSDT").unwrap().1;
+        let at = |needle: &[u8]| dsdt.windows(needle.len()).position(|w| w == needle);
+        // The sizes of the tables of 30 slots do not surprise whoever has 16 units besides.
+        assert!(dsdt.len() < 8192, "{} bytes", dsdt.len());
+        for device in 0..32u8 {
+            let name = format!("S{device:02X}_");
+            let found = at(name.as_bytes());
+            assert_eq!(found.is_some(), (1..31).contains(&device), "{name}");
+            let Some(found) = found else { continue };
+            let slot = &dsdt[found..found + 40];
+            // Name(_ADR, device << 16): a double word for device 1 and above.
+            let mut address = b"\x08_ADR\x0c".to_vec();
+            address.extend((u32::from(device) << 16).to_le_bytes());
+            assert!(slot.windows(address.len()).any(|w| w == address), "{name}");
+            assert!(slot.windows(4).any(|w| w == b"_EJ0"), "{name}");
+        }
+        for object in [b"HPRG", b"HPEV", b"HPIN", b"HPLV", b"HPVN", b"HPEJ"] {
+            assert!(at(object).is_some());
+        }
     }
 }

@@ -1,10 +1,4 @@
-//! Devices that come and go while the guest runs.
-//!
-//! Adding is a transaction of [`Step`]s: what has been made is owned by values that take it back
-//! when a later step fails. Removing has two ends: the guest lets go of the device by itself
-//! ([`Ejected`], on a vCPU thread), or it is taken away. Both come to [`Devices::unplug`], which
-//! stops the device, takes it out of its vIOMMU and out of the host's, and frees its place.
-
+#![doc = include_str!("hotplug.md")]
 #![forbid(unsafe_code)]
 
 use std::fmt;

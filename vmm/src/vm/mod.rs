@@ -100,7 +100,7 @@ struct Vm {
     vcpus: Vec<kvm_ioctls::VcpuFd>,
     devices: Devices,
     removals: Removals,
-    /// Wakes when the next removal is overdue; made when there is one.
+    /// Wakes when the next removal is overdue; there when the VM was started.
     alarm: Option<Alarm>,
     kvm: Arc<kvm::Vm>,
     events: Arc<EventLine>,
@@ -195,6 +195,8 @@ impl Vm {
         event_loop
             .watch_event(self.devices.ejection(), Wake::Device(DeviceEvent::Ejected))
             .map_err(host(watched))?;
+        let overdue = event_loop.alarm(Wake::Device(DeviceEvent::Overdue));
+        self.alarm = Some(overdue.map_err(host(watched))?);
         for plugged in &mut self.devices.plugged {
             plugged.watch(event_loop).map_err(host(watched))?;
         }
@@ -228,7 +230,7 @@ impl Vm {
                     log::warn!("the host wants device id={} back", plugged.id);
                 }
                 // The host asks again and again.
-                let _ = self.begin_removal(rid, WANTED, None, context);
+                let _ = self.begin_removal(rid, WANTED, None);
             }
             DeviceEvent::Ejected => {
                 for plugged in self.devices.ejected() {
@@ -273,7 +275,7 @@ impl Vm {
     }
 
     /// Unplugs a device, and answers when it is gone.
-    fn remove(&mut self, id: &str, how: Removal, reply: Reply, context: &mut Context<'_>) {
+    fn remove(&mut self, id: &str, how: Removal, reply: Reply) {
         let Some(plugged) = self.devices.find(id) else {
             let stays = self.devices.fixed.iter().any(|fixed| fixed.id == id);
             return reply.send(Err(if stays {
@@ -285,7 +287,7 @@ impl Vm {
             }));
         };
         let rid = plugged.rid;
-        if let Err(Some(reply)) = self.begin_removal(rid, how, Some(reply), context) {
+        if let Err(Some(reply)) = self.begin_removal(rid, how, Some(reply)) {
             let pending = ApiError::new(
                 Code::RemovalPending,
                 format!("the guest has been asked already to let go of device {id}"),
@@ -303,15 +305,8 @@ impl Vm {
         rid: Rid,
         how: Removal,
         reply: Option<Reply>,
-        context: &mut Context<'_>,
     ) -> Result<(), Option<Reply>> {
         self.removals.begin(rid, how, reply, Instant::now())?;
-        if self.alarm.is_none() {
-            match context.event_loop.alarm(Wake::Device(DeviceEvent::Overdue)) {
-                Ok(alarm) => self.alarm = Some(alarm),
-                Err(why) => log::error!("a removal waits without a limit: {why}"),
-            }
-        }
         self.devices.ask(rid);
         Ok(())
     }

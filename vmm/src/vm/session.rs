@@ -358,13 +358,8 @@ impl Session {
             }
             Ok(false) => {}
         }
-        let mut context = Context {
-            event_loop: &mut self.event_loop,
-            shared: &self.control.shared,
-            config: self.vm.as_mut(),
-        };
         if let Some((running, _)) = &mut self.running {
-            running.vm.remove(id, how, reply, &mut context);
+            running.vm.remove(id, how, reply);
         }
         self.publish();
     }
