@@ -11,7 +11,7 @@ pub struct Holding {
     pub fds: usize,
     /// Threads.
     pub threads: usize,
-    /// Memory that is its own, without the guest's (which is shared memory), in KiB.
+    /// Memory that is its own (its proportional share, PSS), without the guest's, in KiB.
     pub own_kib: u64,
 }
 
@@ -26,13 +26,32 @@ pub fn holding(pid: u32) -> Result<Holding> {
             .with_context(|| format!("cannot read {folder}"))?
             .count())
     };
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let kib = |key: &str| field(&status, key);
+    let mappings = fs::read_to_string(format!("/proc/{pid}/smaps"))
+        .with_context(|| format!("cannot read the mappings of process {pid}"))?;
     Ok(Holding {
         fds: count("fd")?,
         threads: count("task")?,
-        own_kib: kib("RssAnon:") + kib("RssFile:"),
+        own_kib: without_memfds(&mappings),
     })
+}
+
+/// The sum of PSS in `/proc/PID/smaps` without memfds: guest memory is one, in nestling and as we
+/// start QEMU.
+fn without_memfds(smaps: &str) -> u64 {
+    let mut counted = true;
+    let mut sum = 0;
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Pss:") if counted => sum += words.next().map_or(0, |n| n.parse().unwrap_or(0)),
+            // A mapping begins with its addresses; its name is the sixth word.
+            Some(first) if !first.ends_with(':') => {
+                counted = !words.nth(4).is_some_and(|name| name.starts_with("/memfd:"));
+            }
+            _ => {}
+        }
+    }
+    sum
 }
 
 fn field(status: &str, key: &str) -> u64 {
@@ -129,4 +148,25 @@ pub fn exits(pid: u32) -> String {
         }
     }
     said
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_not_counted() {
+        let smaps = "\
+55d0c0de0000-55d0c0e00000 r-xp 00000000 08:01 42                 /bin/nestling
+Rss:                 128 kB
+Pss:                  64 kB
+Pss_Dirty:             0 kB
+7f0000000000-7f0020000000 rw-s 00000000 00:01 1025               /memfd:guest-ram (deleted)
+Pss:              524288 kB
+7f0030000000-7f0030021000 rw-p 00000000 00:00 0 
+Pss:                   8 kB
+VmFlags: rd wr mr mw me
+";
+        assert_eq!(without_memfds(smaps), 72);
+    }
 }
