@@ -72,7 +72,7 @@ fn boot(lab: &Lab) -> Result<()> {
         &[
             "from exec to the end of a guest of one instruction, ms",
             "from exec to user space, ms",
-            "memory of its own (PSS without the guest's), MiB",
+            "resident memory without the guest's, MiB",
         ],
         &rows,
     );
