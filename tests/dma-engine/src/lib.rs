@@ -4,10 +4,11 @@
 //! [`memory`] has the ways and the buffers; [`sysfs`], [`vfio`] and [`sva`] are three ways to own
 //! the device: with no driver at all, through VFIO (legacy group or iommufd with PASIDs), and
 //! through the kernel module beside this crate, which binds the process's own address space.
-//! [`checks`] are the tests that `dma-engine CHECK ADDRESS` runs in a guest.
+//! [`map_benchmark`] has the kernel measure itself. [`checks`] are the tests that `dma-engine CHECK ADDRESS` runs in a guest.
 
 pub mod checks;
 mod ioctl;
+pub mod map_benchmark;
 pub mod memory;
 pub mod registers;
 pub mod sva;

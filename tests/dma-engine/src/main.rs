@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use dma_engine::checks;
+use dma_engine::{checks, map_benchmark};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -35,6 +35,11 @@ fn run(words: &[&str]) -> Result<()> {
         ["sva-one", address, channel] => {
             let channel = channel.parse().context("CHANNEL is a number, 0 to 63")?;
             checks::sva_one(address, channel)
+        }
+        ["map-benchmark", address, seconds, pause] => {
+            let seconds = seconds.parse().context("SECONDS is a number, 1 to 300")?;
+            let pause = pause.parse().context("PAUSE is in nanoseconds")?;
+            map_benchmark::run(address, seconds, pause)
         }
         ["unmap", address] => checks::unmap(address),
         ["reuse", address] => checks::reuse(address),

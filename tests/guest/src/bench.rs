@@ -17,6 +17,9 @@ pub const TESTS: &[Test] = &[
         .tiny()
         .on_request(),
     Test::new("boot", boot).limit(900).on_request(),
+    Test::new("map", crate::mapping::bench)
+        .limit(900)
+        .on_request(),
 ];
 
 /// Runs of each measurement; the median is shown.

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::harness::{Guest, Lab, Machine, Test};
+use crate::vtd::disk_keeps;
 
 /// The tests.
 pub const TESTS: &[Test] = &[
@@ -54,7 +55,7 @@ fn guest(kernel: &str) -> Guest {
 }
 
 /// The engine's PCI address.
-fn address(guest: &mut Machine) -> Result<String> {
+pub(crate) fn address(guest: &mut Machine) -> Result<String> {
     let found = guest.run(
         "for d in /sys/bus/pci/devices/*; do \
          if [ $(cat $d/vendor)-$(cat $d/device) = 0x1af4-0x10f0 ]; then basename $d; fi; done",
@@ -73,15 +74,37 @@ fn check(guest: &mut Machine, what: &str) -> Result<String> {
     guest.run_within(SLOW, &format!("dma-engine {check} {at} {rest}"))
 }
 
-/// Takes the faults that a check made on purpose out of the kernel's log.
-fn forget_faults(guest: &mut Machine) -> Result<()> {
+/// Takes the faults that a check made on purpose out of the kernel's log. All of them name the
+/// engine, and each of `expected` (kind, PASID, address, reason) is among them.
+fn faults_are(guest: &mut Machine, expected: &[(&str, &str, u64, u8)]) -> Result<()> {
+    let at = address(guest)?;
     let log = guest.run("dmesg -c")?;
+    let told: Vec<&str> = log.lines().filter(|l| l.contains("DMAR: [DMA")).collect();
+    // The kernel names the function without its segment.
+    let device = format!("Request device [{}]", at.trim_start_matches("0000:"));
+    if let Some(other) = told.iter().find(|line| !line.contains(&device)) {
+        bail!("a fault is not of {device}: {other}");
+    }
+    for (kind, pasid, address, reason) in expected {
+        let (who, what) = (
+            format!("[{kind} {pasid}]"),
+            format!("fault addr {address:#x} [fault reason {reason:#04x}]"),
+        );
+        ensure!(
+            told.iter().any(|l| l.contains(&who) && l.contains(&what)),
+            "the guest's kernel reports no {who} {what}:\n{log}"
+        );
+    }
     ensure!(
-        log.contains("DMAR: [DMA"),
+        !told.is_empty(),
         "the guest's kernel reports no fault:\n{log}"
     );
     Ok(())
 }
+
+const NO_PASID: &str = "NO_PASID";
+/// Where `dma-engine` maps its buffers.
+const IOVA: u64 = 0x5_0000_0000;
 
 /// What the only unit's state says of something.
 fn number(guest: &Machine, key: &str) -> Result<u64> {
@@ -98,17 +121,39 @@ fn blocked(lab: &Lab) -> Result<()> {
         number(&guest, "faults_recorded")? > 0,
         "the unit recorded no fault"
     );
-    forget_faults(&mut guest)?;
+    faults_are(
+        &mut guest,
+        &[
+            ("DMA Read", NO_PASID, 0x1000, 0x71),
+            ("DMA Write", NO_PASID, 0x10_0000, 0x71),
+            ("DMA Write", NO_PASID, 0xfee0_0000, 0x87),
+        ],
+    )?;
     guest.power_off()?;
     Ok(())
 }
 
+/// Reads and writes that must not pass, beside a disk behind the same unit that never notices.
 fn vfio(lab: &Lab, kernel: &str) -> Result<()> {
-    let mut guest = guest(kernel).boot(lab)?;
+    let image = lab.image("disk", 32)?;
+    let mut guest = guest(kernel)
+        .option("--disk", &format!("path={},iommu=on", image.display()))
+        .boot(lab)?;
+    disk_keeps(&mut guest, &image)?;
     // Without interrupt remapping the guest's kernel wants to be told that this is a test.
     guest.run("modprobe vfio_iommu_type1 allow_unsafe_interrupts=1 && modprobe vfio_pci")?;
     check(&mut guest, "vfio")?;
-    forget_faults(&mut guest)?;
+    // Read-only memory is written, what lies behind the mapped memory too, and what was mapped
+    // until a moment ago is read.
+    faults_are(
+        &mut guest,
+        &[
+            ("DMA Write", NO_PASID, IOVA + (8 << 20), 0x85),
+            ("DMA Write", NO_PASID, IOVA + (4 << 20), 0x71),
+            ("DMA Read", NO_PASID, IOVA, 0x71),
+        ],
+    )?;
+    disk_keeps(&mut guest, &image)?;
     guest.power_off()?;
     Ok(())
 }
@@ -117,7 +162,14 @@ fn pasid(lab: &Lab) -> Result<()> {
     let mut guest = guest("lab").boot(lab)?;
     guest.run("echo 1 > /sys/module/iommufd/parameters/allow_unsafe_interrupts")?;
     check(&mut guest, "pasid")?;
-    forget_faults(&mut guest)?;
+    // PASID 3 never had an address space, and 2 had its own taken away.
+    faults_are(
+        &mut guest,
+        &[
+            ("DMA Read", "PASID 0x3", IOVA, 0x59),
+            ("DMA Read", "PASID 0x2", IOVA, 0x59),
+        ],
+    )?;
     guest.power_off()?;
     Ok(())
 }

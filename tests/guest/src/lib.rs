@@ -11,6 +11,7 @@ pub mod engine;
 pub mod harness;
 pub mod hotplug;
 pub mod kernel;
+pub mod mapping;
 pub mod memory;
 pub mod net;
 pub mod passthrough;
@@ -34,6 +35,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("engine", engine::TESTS),
     ("hotplug", hotplug::TESTS),
     ("kernel", kernel::TESTS),
+    ("mapping", mapping::TESTS),
     ("memory", memory::TESTS),
     ("net", net::TESTS),
     ("passthrough", passthrough::TESTS),

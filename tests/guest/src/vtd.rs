@@ -1,5 +1,6 @@
 //! Devices behind a VT-d unit: stock drivers choose the mode they should, and everything arrives.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::harness::{Guest, Lab, Machine, Test, tap::Tap};
+use crate::harness::{Guest, Lab, Machine, Test, show, tap::Tap};
 use crate::net::exchange;
 
 /// The tests.
@@ -60,10 +61,12 @@ pub const TESTS: &[Test] = &[
         Behind::new(Guest::lab_kernel().cpus(2))
             .unit("address_width=57")
             .lazy()
+            .also(five_levels)
             .works(lab)
     }),
     Test::new("two_units_serve_their_own_devices", two_units),
     Test::new("traffic_goes_on_after_a_reboot", reboots),
+    Test::new("traffic_goes_on_after_a_kexec", kexec),
 ];
 
 pub(crate) const HOST: &str = "192.168.78.1";
@@ -76,6 +79,7 @@ struct Behind {
     unit: String,
     group: &'static str,
     translation: &'static str,
+    also: fn(&mut Machine, &Value) -> Result<()>,
 }
 
 impl Behind {
@@ -87,6 +91,7 @@ impl Behind {
             unit,
             group: "DMA",
             translation: "stage1",
+            also: |_, _| Ok(()),
         }
     }
 
@@ -111,6 +116,12 @@ impl Behind {
         self
     }
 
+    /// Something more holds, of the guest and of the units' state.
+    fn also(mut self, also: fn(&mut Machine, &Value) -> Result<()>) -> Self {
+        self.also = also;
+        self
+    }
+
     /// Boots it, and checks how it drives the unit and that all bytes arrive, also after its
     /// drivers were bound anew.
     fn works(self, lab: &Lab) -> Result<()> {
@@ -125,7 +136,9 @@ impl Behind {
         groups_are(&mut guest, self.group)?;
         disk_keeps(&mut guest, &image)?;
         network_works(lab, &mut guest, 8 << 20)?;
-        translations_are(&guest.viommus()?, self.translation, 2)?;
+        let units = guest.viommus()?;
+        translations_are(&units, self.translation, 2)?;
+        (self.also)(&mut guest, &units)?;
         rebind(&mut guest)?;
         disk_keeps(&mut guest, &image)?;
         network_works(lab, &mut guest, 1 << 20)?;
@@ -187,7 +200,7 @@ pub(crate) fn disk_keeps(guest: &mut Machine, image: &Path) -> Result<()> {
     )?;
     let read = guest.run_within(SLOW, "sha256sum < /dev/vda")?;
     let output = Command::new("sha256sum")
-        .stdin(std::fs::File::open(image)?)
+        .stdin(fs::File::open(image)?)
         .output()?;
     let written = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(
@@ -203,6 +216,26 @@ pub(crate) fn network_works(lab: &Lab, guest: &mut Machine, length: u64) -> Resu
     ))?;
     guest.run(&format!("ping -c 2 -W 5 -s 4000 {HOST}"))?;
     exchange(lab, guest, HOST, length)
+}
+
+/// The guest's CPUs page with 5 levels where the host's can, and its tables for devices have 5.
+fn five_levels(guest: &mut Machine, units: &Value) -> Result<()> {
+    // The kernel takes the flag away from CPUs that do not page so.
+    let flag = "grep -q -w la57 /proc/cpuinfo";
+    let host = Command::new("sh").args(["-c", flag]).status()?.success();
+    if host {
+        guest.run(flag)?;
+    } else {
+        show("this host's CPUs page with 4 levels, so the guest's do");
+    }
+    let targets = units[0]["targets"].as_array();
+    for target in targets.into_iter().flatten() {
+        ensure!(
+            target["translation"]["width"] == 57,
+            "a target has no table of 5 levels: {target:#}"
+        );
+    }
+    Ok(())
 }
 
 /// Takes the drivers of the disk and the card away and gives them back.
@@ -321,6 +354,45 @@ fn reboots(lab: &Lab) -> Result<()> {
     disk_keeps(&mut guest, &image)?;
     translations_are(&guest.viommus()?, "stage1", 1)?;
     no_faults(&guest.viommus()?)?;
+    guest.power_off()?;
+    Ok(())
+}
+
+/// A stock kernel starts another one, with no reset of the machine between: the unit still has
+/// the first one's tables, and the second one's driver takes it over.
+fn kexec(lab: &Lab) -> Result<()> {
+    let image = lab.image("disk", 32)?;
+    let tap = Tap::new("lab1", &format!("{HOST}/24"))?;
+    let folder = lab.shared("guests/6.12");
+    let mut guest = Guest::debian("6.12")
+        .cmdline("intel_iommu=on")
+        .option("--viommu", "type=vtd")
+        .option("--disk", &format!("path={},iommu=on", image.display()))
+        .option("--net", &format!("tap={},iommu=on", tap.name()));
+    let mut fetch = String::new();
+    for (file, disk) in [("vmlinuz", "vdb"), ("initramfs", "vdc")] {
+        let bytes = fs::read(folder.join(file))?;
+        let to = lab.file(file);
+        fs::write(&to, &bytes)?;
+        let whole = (bytes.len() as u64).next_multiple_of(512);
+        fs::File::options().write(true).open(&to)?.set_len(whole)?;
+        guest = guest.option("--disk", &format!("path={},readonly=on", to.display()));
+        fetch += &format!("head -c {} /dev/{disk} > /tmp/{file} && ", bytes.len());
+    }
+    let mut guest = guest.boot(lab)?;
+    disk_keeps(&mut guest, &image)?;
+    network_works(lab, &mut guest, 1 << 20)?;
+    guest.run_within(SLOW, &format!("{fetch} true"))?;
+    guest.restart_by(
+        "/init kexec /tmp/vmlinuz /tmp/initramfs console=ttyS0 panic=-1 loglevel=5 \
+         intel_iommu=on second=kernel",
+    )?;
+    guest.run("grep -q second=kernel /proc/cmdline")?;
+    disk_keeps(&mut guest, &image)?;
+    network_works(lab, &mut guest, 1 << 20)?;
+    let units = guest.viommus()?;
+    translations_are(&units, "stage1", 2)?;
+    no_faults(&units)?;
     guest.power_off()?;
     Ok(())
 }

@@ -129,6 +129,20 @@ pub fn threads(pid: u32) -> Vec<String> {
     threads
 }
 
+/// How often the guest of a process has touched what only the process itself can answer (a VT-d
+/// unit's registers, but no virtio doorbell).
+///
+/// # Errors
+/// The host's KVM has no statistics for it.
+pub fn mmio_exits(pid: u32) -> Result<u64> {
+    let said = exits(pid);
+    let mut words = said.split_whitespace().skip_while(|w| *w != "mmio_exits");
+    words
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .with_context(|| format!("KVM counts no exits of process {pid}: {said:?}"))
+}
+
 /// How often the guest of a process has left to KVM so far, by reason. Of two answers some time
 /// apart the difference says what a guest that hangs is doing.
 pub fn exits(pid: u32) -> String {

@@ -1,0 +1,157 @@
+//! What it costs a guest to map memory for a device, in exits as the host's KVM counts them. The
+//! guest's kernel has a benchmark for it; the DMA test engine is the device.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::engine;
+use crate::harness::{Guest, Lab, Machine, Test, process, show};
+
+/// The tests.
+pub const TESTS: &[Test] = &[Test::new(
+    "first_stage_tables_cost_no_exit_to_map_and_one_to_unmap_or_next_to_none",
+    first_stage,
+)];
+
+/// How long each measurement runs.
+const SECONDS: u32 = 3;
+/// Between two maps, where the number of maps is known from it.
+const PAUSE_NS: u32 = 1_000_000;
+
+/// What one measurement saw.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    /// How often a page was mapped and unmapped: what the time and its parts allow.
+    maps: f64,
+    /// How often the guest left to nestling.
+    exits: f64,
+    /// How many wait descriptors the unit obeyed.
+    waits: f64,
+    map_ns: f64,
+    unmap_ns: f64,
+}
+
+impl Cost {
+    fn per_map(&self) -> f64 {
+        self.exits / self.maps
+    }
+}
+
+/// A guest with the lab's kernel and the engine behind a unit, and the engine's address.
+fn boot(lab: &Lab, words: &str, unit: &str) -> Result<(Machine, String)> {
+    let mut guest = Guest::lab_kernel()
+        .cmdline("intel_iommu=on")
+        .cmdline(words)
+        .option("--viommu", &format!("type=vtd,{unit}"))
+        .option("--test-device", "iommu=on")
+        .boot(lab)?;
+    let at = engine::address(&mut guest)?;
+    Ok((guest, at))
+}
+
+fn measure(guest: &mut Machine, at: &str, pause_ns: u32) -> Result<Cost> {
+    let run = |guest: &mut Machine, seconds: u32| {
+        let limit = Duration::from_secs(60);
+        let command = format!("dma-engine map-benchmark {at} {seconds} {pause_ns}");
+        guest.run_within(limit, &command)
+    };
+    // Page tables are made, and the allocator of addresses has filled its caches.
+    run(guest, 1)?;
+    let waits = |guest: &Machine| -> Result<f64> {
+        let units = guest.viommus()?;
+        let waits = units[0]["queue"]["wait"].as_f64();
+        waits.with_context(|| format!("no count of waits in {units:#}"))
+    };
+    let before = (process::mmio_exits(guest.pid())?, waits(guest)?);
+    let said = run(guest, SECONDS)?;
+    let after = (process::mmio_exits(guest.pid())?, waits(guest)?);
+    let number = |key: &str| -> Result<f64> {
+        let mut words = said.split_whitespace().skip_while(|word| *word != key);
+        let number = words.nth(1).and_then(|word| word.parse().ok());
+        number.with_context(|| format!("no {key} in {said:?}"))
+    };
+    let (map_ns, unmap_ns) = (number("map")?, number("unmap")?);
+    let each = map_ns + unmap_ns + f64::from(pause_ns);
+    Ok(Cost {
+        maps: f64::from(SECONDS) * 1e9 / each,
+        exits: (after.0 - before.0) as f64,
+        waits: after.1 - before.1,
+        map_ns,
+        unmap_ns,
+    })
+}
+
+/// Whether the engine's group flushes at once or in batches; it may change while in use.
+fn set_lazy(guest: &mut Machine, at: &str) -> Result<()> {
+    guest.run(&format!(
+        "echo DMA-FQ > /sys/bus/pci/devices/{at}/iommu_group/type"
+    ))?;
+    Ok(())
+}
+
+fn first_stage(lab: &Lab) -> Result<()> {
+    let (mut guest, at) = boot(lab, "iommu.strict=1", "mode=scalable")?;
+    let strict = measure(&mut guest, &at, PAUSE_NS)?;
+    show(format!("strict: {strict:.0?}"));
+    // One for the unmap leaves none for the map. How many maps there were is known to a tenth.
+    ensure!(
+        (0.8..1.4).contains(&strict.per_map()),
+        "strict: {:.2} exits for each map and unmap, {strict:?}",
+        strict.per_map()
+    );
+    ensure!(
+        (strict.exits / strict.waits - 1.0).abs() < 0.1,
+        "a flush takes {:.2} exits, {strict:?}",
+        strict.exits / strict.waits
+    );
+    set_lazy(&mut guest, &at)?;
+    let lazy = measure(&mut guest, &at, 0)?;
+    show(format!("lazy: {lazy:.0?}"));
+    ensure!(
+        lazy.per_map() < 0.05,
+        "lazy: {:.3} exits for each map and unmap, {lazy:?}",
+        lazy.per_map()
+    );
+    guest.power_off()?;
+    Ok(())
+}
+
+/// `cargo lab bench map`: every mode.
+///
+/// # Errors
+/// A guest or its kernel failed.
+pub fn bench(lab: &Lab) -> Result<()> {
+    show("One page mapped and unmapped at a time by the guest's kernel:");
+    let row = |name: &str, guest: &mut Machine, at: &str, pause_ns: u32| -> Result<()> {
+        let cost = measure(guest, at, pause_ns)?;
+        show(format!(
+            "{name:34} {:7.3} exits for each  map {:6.0} ns  unmap {:7.0} ns",
+            cost.per_map(),
+            cost.map_ns,
+            cost.unmap_ns
+        ));
+        Ok(())
+    };
+    for (name, words, unit) in [
+        ("first-stage tables", "iommu.strict=1", "mode=scalable"),
+        (
+            "second-stage tables, legacy mode",
+            "iommu.strict=1",
+            "mode=legacy",
+        ),
+    ] {
+        let (mut guest, at) = boot(lab, words, unit)?;
+        row(&format!("{name}, strict"), &mut guest, &at, PAUSE_NS)?;
+        // With caching mode and second-stage tables, Linux flushes at once whatever it is told.
+        if unit == "mode=scalable" {
+            set_lazy(&mut guest, &at)?;
+            row(&format!("{name}, lazy"), &mut guest, &at, 0)?;
+        }
+        guest.power_off()?;
+    }
+    let (mut guest, at) = boot(lab, "iommu=pt", "mode=scalable")?;
+    row("no translation (iommu=pt)", &mut guest, &at, PAUSE_NS)?;
+    guest.power_off()?;
+    Ok(())
+}
