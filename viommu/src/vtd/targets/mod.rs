@@ -452,19 +452,14 @@ impl Targets {
             return;
         };
         let (backend, now) = (endpoint.backend, self.scan);
-        let old = match endpoint.live.get_mut(&target.pasid) {
-            // Most of what an invalidation names did not change.
-            Some(Live::Entry {
-                entry,
-                pasid: known,
-                applied: true,
-                scan,
-            }) if decoded == Ok(*entry) && *known == pasid => {
-                *scan = now;
-                return;
-            }
-            old => old.copied(),
-        };
+        let mut known = endpoint.live.get_mut(&target.pasid);
+        // Most of what an invalidation names did not change.
+        if let Some(live) = &mut known
+            && live.is_still(decoded, pasid, now)
+        {
+            return;
+        }
+        let old = known.copied();
         let entry = match decoded {
             Ok(entry) => entry,
             Err(problem) => return self.set_wrong(target, old, problem),
@@ -637,6 +632,22 @@ impl Targets {
 }
 
 impl Live {
+    /// Whether this is in force and still what the tables say. It was seen by scan `now` then.
+    fn is_still(&mut self, decoded: Result<Entry, Problem>, pasid: u32, now: u32) -> bool {
+        match self {
+            Self::Entry {
+                entry,
+                pasid: known,
+                applied: true,
+                scan,
+            } if decoded == Ok(*entry) && *known == pasid => {
+                *scan = now;
+                true
+            }
+            _ => false,
+        }
+    }
+
     const fn scan(&self) -> u32 {
         match self {
             Self::Entry { scan, .. } | Self::Wrong { scan, .. } => *scan,

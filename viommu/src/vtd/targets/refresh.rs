@@ -5,7 +5,7 @@ use super::{DIRECTORY_CHUNK, Live, MAX_TABLES_PER_SCAN, Targets, View};
 use crate::spec::vtd::descriptor::{ContextScope, PasidScope};
 use crate::spec::vtd::registers::{Rtaddr, TranslationTableMode};
 use crate::spec::vtd::tables::{PASID_DIRECTORY_ENTRY_SIZE, PASID_TABLE_ENTRIES};
-use crate::vtd::context::{self, Context, read_words};
+use crate::vtd::context::{self, Context, ScalableContext, read_words};
 use crate::vtd::pasid;
 use crate::{Pasid, Rid, Target};
 
@@ -171,17 +171,52 @@ impl Targets {
                     continue;
                 };
                 let first = (chunk_at + i as u32) * PASID_TABLE_ENTRIES;
-                for (pasid, words) in (first..).zip(table) {
-                    // Bit 0 of the first word is P.
-                    if words[0] & 1 != 0 && pasid != context.rid_pasid {
-                        let decoded = pasid::entry(view.offer, words, fpd);
-                        self.set(Target::pasid(rid, Pasid(pasid)), pasid, decoded);
-                    }
-                }
+                self.scan_table(view, rid, &context, first, fpd, &table);
             }
             chunk_at += DIRECTORY_CHUNK as u32;
         }
         self.sweep(rid);
+    }
+
+    /// Decodes the PASID entries of one table, whose first one is of PASID `first`. The table and
+    /// what is known are in the same order, so that entries that did not change (nearly all) cost
+    /// no search.
+    fn scan_table(
+        &mut self,
+        view: View,
+        rid: Rid,
+        context: &ScalableContext,
+        first: u32,
+        fpd: bool,
+        table: &[[u64; 8]; PASID_TABLE_ENTRIES as usize],
+    ) {
+        let now = self.scan;
+        let Some(endpoint) = self.endpoints.get_mut(&rid) else {
+            return;
+        };
+        let last = first + PASID_TABLE_ENTRIES - 1;
+        let mut known = endpoint
+            .live
+            .range_mut(Some(Pasid(first))..=Some(Pasid(last)))
+            .peekable();
+        let mut changed = Vec::new();
+        for (pasid, words) in (first..).zip(table) {
+            // Bit 0 of the first word is P.
+            if words[0] & 1 == 0 || pasid == context.rid_pasid {
+                continue;
+            }
+            let decoded = pasid::entry(view.offer, *words, fpd);
+            while known.next_if(|(at, _)| **at < Some(Pasid(pasid))).is_some() {}
+            let same = known
+                .next_if(|(at, _)| **at == Some(Pasid(pasid)))
+                .is_some_and(|(_, live)| live.is_still(decoded, pasid, now));
+            if !same {
+                changed.push((pasid, decoded));
+            }
+        }
+        for (pasid, decoded) in changed {
+            self.set(Target::pasid(rid, Pasid(pasid)), pasid, decoded);
+        }
     }
 
     /// Blocks the PASIDs that the last scan did not see.
