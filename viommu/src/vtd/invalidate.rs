@@ -105,8 +105,9 @@ impl Invalidations {
     ) -> Result<(), QueueError> {
         let offer = around.view.offer;
         let iqa = registers.iqa();
+        let mut offered = offer.descriptors();
         match registers.root().mode() {
-            TranslationTableMode::Legacy => {}
+            TranslationTableMode::Legacy => offered.scalable = false,
             TranslationTableMode::Scalable if offer.ecap.smts() => {
                 // Scalable mode has descriptors of 256 bits only.
                 if !iqa.dw() {
@@ -131,7 +132,6 @@ impl Invalidations {
         if !ring.is_aligned(registers.head) {
             return Err(QueueError::Alignment);
         }
-        let offered = offer.descriptors();
         while registers.head != tail {
             let length = CHUNK.min(ring.contiguous(registers.head, tail) as usize);
             let at = ring.address(registers.head).ok_or(QueueError::Fetch)?;

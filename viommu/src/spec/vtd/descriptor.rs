@@ -394,11 +394,11 @@ pub enum Descriptor {
 pub struct Offered {
     /// CAP.MAMV.
     pub mamv: u8,
-    /// ECAP.SMTS.
+    /// Scalable mode is in force: in legacy mode there are types 1 to 5 only (table 26).
     pub scalable: bool,
     /// ECAP.DT.
     pub device_tlb: bool,
-    /// ECAP.PRS.
+    /// ECAP.PRS and PDS.
     pub page_requests: bool,
     /// ECAP.IR.
     pub interrupt_remapping: bool,
@@ -523,6 +523,9 @@ pub const fn decode(words: Words, offered: Offered) -> Result<Descriptor, QueueE
         }
         _ => {
             let low = WaitLow::from_bits(low);
+            if low.pd() && !offered.page_requests {
+                return Err(QueueError::Reserved);
+            }
             Ok(Descriptor::Wait {
                 status: if low.sw() {
                     Some((high, low.status_data()))

@@ -1,4 +1,18 @@
-//! What today's systems get wrong, line by line, where it is not the whole of another file.
+//! What today's systems get wrong, where it is not the whole of another file. Where the rest is:
+//!
+//! | what goes wrong elsewhere | tests |
+//! |---|---|
+//! | nested first stage over iommufd is missing | `backend/iommufd/tests.rs`, from `a_nested_switch_is_one_alloc_and_one_attach` on |
+//! | a refused attach leaves the old table, and nobody hears of it | `faults.rs`, from `a_refused_translation_is_blocked_told_and_asked_for_again` on; iommufd's `a_failed_replace_ends_blocked_and_the_record_says_so` |
+//! | one kernel call for each invalidation | `invalidation.rs`: `one_doorbell_is_one_batch_whatever_is_in_the_queue`; iommufd's `one_doorbell_is_one_array_per_table_whatever_its_length`, `equal_tables_are_one_object_and_one_call_per_invalidation` |
+//! | descriptor types without an effect | `invalidation.rs`: `each_invalidation_reaches_exactly_the_targets_it_names`, `second_stage_pages_are_invalidated_by_domain_and_nested_ones_wholly` |
+//! | no page requests of real devices | `page_requests.rs`; iommufd's `a_page_request_group_is_answered_exactly_once` |
+//! | unplug leaves objects behind | here; iommufd's `unplug_leaves_no_object_and_drop_leaves_none_at_all` |
+//! | a failed map ends the VM | iommufd's `mappings_are_added_all_or_none_whichever_call_fails`, `a_mirror_that_cannot_follow_says_so` |
+//! | caching mode, several units, the tail of the queue, interrupt routes, virtual commands | here |
+//! | address widths | here; `capabilities.rs`: `widths_are_composed_from_the_hosts` |
+//! | one fault record | `faults.rs`: `eight_faults_are_recorded_more_are_reported_as_overflow_and_linux_clears_them_all` |
+//! | no irqfd behind remapping | `vmm/src/interrupts/tests.rs` |
 
 use std::sync::{Arc, Mutex};
 
