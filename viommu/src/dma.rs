@@ -29,7 +29,6 @@
 
 use std::fmt;
 use std::iter::FusedIterator;
-use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{
@@ -42,7 +41,6 @@ use vm_memory::{
 
 use crate::backend::software::port;
 use crate::backend::{Access, FaultCause};
-use crate::bus_master::{BusMaster, Request};
 use crate::interrupt::Msi;
 use crate::{Gpa, GuestRam, Iova, Pasid, Target};
 
@@ -60,8 +58,6 @@ const LONGEST_RUN: u64 = 1 << 20;
 #[derive(Clone)]
 pub struct DmaPort {
     route: Route,
-    /// Without one, requests are always allowed.
-    master: Option<Arc<BusMaster>>,
 }
 
 #[derive(Clone)]
@@ -75,23 +71,13 @@ impl DmaPort {
     pub fn direct(ram: GuestRam) -> Self {
         Self {
             route: Route::Direct(ram),
-            master: None,
         }
     }
 
     pub(crate) fn translated(port: port::Port) -> Self {
         Self {
             route: Route::Translated(port),
-            master: None,
         }
-    }
-
-    /// The same port for a function that obeys `master`: while that is off, an access
-    /// [is not allowed](DmaAccess::is_allowed), and nothing reaches the bus.
-    #[must_use]
-    pub fn of_bus_master(mut self, master: Arc<BusMaster>) -> Self {
-        self.master = Some(master);
-        self
     }
 
     /// Whether a vIOMMU translates what goes through here (a virtio device offers
@@ -121,10 +107,7 @@ impl DmaPort {
     pub fn with_pasid(&self, pasid: Pasid) -> Option<Self> {
         match &self.route {
             Route::Direct(_) => None,
-            Route::Translated(port) => Some(Self {
-                route: Route::Translated(port.with_pasid(pasid)?),
-                master: self.master.clone(),
-            }),
+            Route::Translated(port) => port.with_pasid(pasid).map(Self::translated),
         }
     }
 
@@ -150,16 +133,11 @@ impl DmaPort {
 
     /// Begins one piece of DMA work.
     pub fn access(&self) -> DmaAccess<'_> {
-        let request = self.master.as_deref().map(BusMaster::begin);
         let route = match &self.route {
-            _ if matches!(request, Some(None)) => AccessRoute::Forbidden,
             Route::Direct(ram) => AccessRoute::Direct(ram),
             Route::Translated(port) => AccessRoute::Translated(port.access()),
         };
-        DmaAccess {
-            route,
-            _request: request.flatten(),
-        }
+        DmaAccess { route }
     }
 
     /// Writes `msi.data` to the doorbell `msi.address` as a DMA write of four bytes, the way a
@@ -204,14 +182,10 @@ impl fmt::Debug for DmaPort {
 
 /// Guest memory for the length of one piece of DMA work. See the module's text.
 pub struct DmaAccess<'p> {
-    // Dropped in this order: the faults are reported, then Bus Master Enable may be cleared.
     route: AccessRoute<'p>,
-    _request: Option<Request<'p>>,
 }
 
 enum AccessRoute<'p> {
-    /// Bus Master Enable is clear.
-    Forbidden,
     Direct(&'p GuestRam),
     Translated(port::Access<'p>),
 }
@@ -226,13 +200,6 @@ pub struct Translated {
 }
 
 impl DmaAccess<'_> {
-    /// Whether the function may master the bus. If not, everything fails that is tried, and
-    /// nobody is told, since no request was sent; a device then waits until it is woken.
-    #[inline]
-    pub fn is_allowed(&self) -> bool {
-        !matches!(self.route, AccessRoute::Forbidden)
-    }
-
     /// Translates the beginning of the range of `length` bytes (not 0) at `iova`: to the end of
     /// the range, of the page or of RAM, whichever comes first. The result may be used as long as
     /// `self` lives.
@@ -266,7 +233,6 @@ impl DmaAccess<'_> {
         access: Access,
     ) -> std::result::Result<Translated, FaultCause> {
         let (ram, gpa, length) = match &self.route {
-            AccessRoute::Forbidden => return Err(FaultCause::Blocked),
             AccessRoute::Direct(ram) => (&***ram, iova.0, length),
             AccessRoute::Translated(translated) => {
                 translated.announce(iova.0, length)?;
@@ -292,7 +258,6 @@ impl DmaAccess<'_> {
 impl fmt::Debug for DmaAccess<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.route {
-            AccessRoute::Forbidden => f.write_str("DmaAccess(forbidden)"),
             AccessRoute::Direct(_) => f.write_str("DmaAccess(direct)"),
             AccessRoute::Translated(access) => write!(f, "DmaAccess({})", access.target()),
         }
@@ -315,7 +280,7 @@ impl GuestMemory for DmaAccess<'_> {
         let access = access_of(access);
         match &self.route {
             AccessRoute::Direct(ram) => GuestMemoryBackend::check_range(&***ram, addr, count),
-            AccessRoute::Forbidden | AccessRoute::Translated(_) => {
+            AccessRoute::Translated(_) => {
                 let mut done = 0;
                 while done < count as u64 {
                     let Some(iova) = addr.0.checked_add(done) else {
@@ -338,7 +303,6 @@ impl GuestMemory for DmaAccess<'_> {
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>> {
         Ok(match &self.route {
-            AccessRoute::Forbidden => return Err(Error::InvalidGuestAddress(addr)),
             AccessRoute::Direct(ram) => {
                 Slices::Direct(GuestMemoryBackend::get_slices(&***ram, addr, count))
             }

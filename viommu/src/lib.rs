@@ -12,7 +12,6 @@
 //! [`dma::DmaPort`].
 
 pub mod backend;
-pub mod bus_master;
 pub mod dma;
 mod ids;
 pub mod interrupt;

@@ -13,7 +13,6 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use viommu::GuestRam;
-use viommu::dma::DmaPort;
 use viommu::spec::virtio_iommu as spec;
 use viommu::virtio::decode::MAX_READABLE;
 use viommu::virtio::{Chain as Request, Iommu, Reply};
@@ -39,8 +38,8 @@ const MOST_BATCHES: usize = 1024;
 /// Locks: `requests`, then the unit's own, then `events`.
 pub struct VirtioIommu {
     unit: Arc<Iommu>,
-    requests: Mutex<Option<(DmaPort, Requests)>>,
-    events: Mutex<Option<(DmaPort, Events)>>,
+    requests: Mutex<Option<Requests>>,
+    events: Mutex<Option<Events>>,
 }
 
 /// The request queue of an active device, and room for what is in work.
@@ -103,27 +102,22 @@ impl VirtioIommu {
         device
     }
 
-    fn requests(&self) -> MutexGuard<'_, Option<(DmaPort, Requests)>> {
+    fn requests(&self) -> MutexGuard<'_, Option<Requests>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn events(&self) -> MutexGuard<'_, Option<(DmaPort, Events)>> {
+    fn events(&self) -> MutexGuard<'_, Option<Events>> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves the request queue.
     fn serve(&self) {
         let mut requests = self.requests();
-        let Some((dma, active)) = &mut *requests else {
-            return;
-        };
-        let access = dma.access();
-        if access.is_allowed()
+        if let Some(active) = &mut *requests
             && let Err(broken) = active.serve(&self.unit)
         {
             log::warn!("virtio-iommu needs a reset by the guest: {broken}");
             active.interrupt.needs_reset();
-            drop(access);
             *requests = None;
         }
     }
@@ -131,16 +125,11 @@ impl VirtioIommu {
     /// Brings fault reports to the event queue, as long as there are reports and buffers.
     fn report(&self) {
         let mut events = self.events();
-        let Some((dma, active)) = &mut *events else {
-            return;
-        };
-        let access = dma.access();
-        if access.is_allowed()
+        if let Some(active) = &mut *events
             && let Err(broken) = active.report(&self.unit)
         {
             log::warn!("virtio-iommu needs a reset by the guest: {broken}");
             active.interrupt.needs_reset();
-            drop(access);
             *events = None;
         }
     }
@@ -185,27 +174,21 @@ impl VirtioDevice for VirtioIommu {
         let mut queues = activation.queues.into_iter();
         let mut next = || Some(queues.next().flatten()?.ring);
         let (requestq, eventq) = (next(), next());
-        *self.requests() = requestq.map(|ring| {
-            let requests = Requests {
-                ring,
-                ram: ram.clone(),
-                interrupt: Arc::clone(&activation.interrupt),
-                chain: Chain::default(),
-                batch: Vec::with_capacity(BATCH),
-                writable: Vec::with_capacity(BATCH),
-                replies: Vec::with_capacity(BATCH),
-                used: Vec::with_capacity(BATCH),
-            };
-            (activation.dma.clone(), requests)
+        *self.requests() = requestq.map(|ring| Requests {
+            ring,
+            ram: ram.clone(),
+            interrupt: Arc::clone(&activation.interrupt),
+            chain: Chain::default(),
+            batch: Vec::with_capacity(BATCH),
+            writable: Vec::with_capacity(BATCH),
+            replies: Vec::with_capacity(BATCH),
+            used: Vec::with_capacity(BATCH),
         });
-        *self.events() = eventq.map(|ring| {
-            let events = Events {
-                ring,
-                ram: ram.clone(),
-                interrupt: Arc::clone(&activation.interrupt),
-                chain: Chain::default(),
-            };
-            (activation.dma.clone(), events)
+        *self.events() = eventq.map(|ring| Events {
+            ring,
+            ram: ram.clone(),
+            interrupt: activation.interrupt,
+            chain: Chain::default(),
         });
         Ok(())
     }

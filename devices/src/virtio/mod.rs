@@ -9,8 +9,6 @@
 mod behind_viommu_tests;
 pub mod block;
 pub mod buffers;
-#[cfg(test)]
-mod bus_master_tests;
 pub mod console;
 pub mod device;
 mod flat;

@@ -398,7 +398,7 @@ impl Service {
         loop {
             let access = port.access();
             let mut queue = self.queue();
-            if queue.ended || self.stop.is_set() || !access.is_allowed() {
+            if queue.ended || self.stop.is_set() {
                 return Ok(());
             }
             if !queue.ring.pop(&access, chain)? {

@@ -344,9 +344,6 @@ impl Service {
     fn output(&mut self, link: &mut Link<'_>, dma: &DmaPort) -> io::Result<bool> {
         for _ in 0..TURN {
             let access = dma.access();
-            if !access.is_allowed() {
-                return Ok(false);
-            }
             let chain = match self.sending.take() {
                 Some(chain) => Some(chain),
                 None => self.pop(TRANSMIT, &access)?,
@@ -389,9 +386,6 @@ impl Service {
     fn input(&mut self, link: &mut Link<'_>, dma: &DmaPort) -> io::Result<bool> {
         for _ in 0..TURN {
             let access = dma.access();
-            if !access.is_allowed() {
-                return Ok(false);
-            }
             if self.receiving.is_none() {
                 self.receiving = self.pop(RECEIVE, &access)?;
             }
@@ -488,14 +482,11 @@ impl Service {
         Ok(())
     }
 
-    /// The next chain of a queue; `None` when its kick will come, or that of bus mastering.
+    /// The next chain of a queue; `None` when its kick will come.
     fn pop(&mut self, index: u16, access: &DmaAccess<'_>) -> io::Result<Option<Chain>> {
         let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else {
             return Ok(None);
         };
-        if !access.is_allowed() {
-            return Ok(None);
-        }
         let mut chain = Chain::default();
         loop {
             if queue.ring.pop(access, &mut chain).map_err(broken)? {

@@ -302,13 +302,13 @@ impl Service {
                 }
             }
             let access = dma.access();
-            if !access.is_allowed() || !self.gather(queue, &access)? {
+            if !self.gather(queue, &access)? {
                 pause = Pause::Queue;
                 break;
             }
             delivered |= self.deliver(queue, &access)?;
         }
-        if delivered && wants_interrupt(queue, &dma)? {
+        if delivered && queue.ring.wants_interrupt(&dma.access())? {
             self.interrupt.queue(RECEIVE);
         }
         Ok(pause)
@@ -377,10 +377,6 @@ impl Service {
                 break;
             }
             let access = self.dma.access();
-            if !access.is_allowed() {
-                pause = Pause::Queue;
-                break;
-            }
             if !queue.ring.pop(&access, chain)? {
                 if queue.ring.enable_kicks(&access)? {
                     continue;
@@ -402,17 +398,11 @@ impl Service {
             }
             self.down = down;
         }
-        if used && wants_interrupt(queue, &self.dma)? {
+        if used && queue.ring.wants_interrupt(&self.dma.access())? {
             self.interrupt.queue(TRANSMIT);
         }
         Ok(pause)
     }
-}
-
-/// Whether the driver wants to hear of what was used. If it may not be asked, it is told.
-fn wants_interrupt(queue: &mut ActiveQueue, dma: &DmaPort) -> Result<bool, Broken> {
-    let access = dma.access();
-    Ok(!access.is_allowed() || queue.ring.wants_interrupt(&access)?)
 }
 
 /// A frame that the tap refuses is lost, as on any network.

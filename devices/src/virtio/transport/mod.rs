@@ -9,11 +9,10 @@ mod shared;
 mod state;
 
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
-use viommu::bus_master::BusMaster;
 use viommu::dma::DmaPort;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -77,14 +76,12 @@ pub enum VirtioPciError {
 
 /// The PCI function around a virtio device.
 ///
-/// Locks: `config` before `state`; neither is taken by `Shared`, which device threads call. A
-/// write of `config` waits for DMA under way when it clears Bus Master Enable.
+/// Locks: `config` before `state`; neither is taken by `Shared`, which device threads call.
 pub struct VirtioPci {
     device: Arc<dyn VirtioDevice>,
-    /// To see whether a driver's rings are in memory, whatever Bus Master Enable is then.
     dma: DmaPort,
-    /// What the device's own port obeys.
-    master: Arc<BusMaster>,
+    /// Bus Master Enable. Written with `state` locked, so that a device is never active without.
+    bus_master: AtomicBool,
     offered: u64,
     kicks: Vec<Arc<EventFd>>,
     shared: Arc<Shared>,
@@ -149,13 +146,12 @@ impl VirtioPci {
             offered |= 1 << VIRTIO_F_ACCESS_PLATFORM;
         }
         msix.set_bus_master(false);
-        let master = Arc::new(BusMaster::default());
         let shared = Arc::new(Shared::new(msix, queues));
         let state = State::new(device.queue_sizes());
         Ok(Arc::new(Self {
             device,
             dma,
-            master,
+            bus_master: AtomicBool::new(false),
             offered,
             kicks,
             shared,
@@ -296,15 +292,18 @@ impl VirtioPci {
         features & !self.offered == 0 && features & must == must && self.device.accepts(features)
     }
 
-    /// Bus Master Enable is `enabled` now: before this returns, DMA and messages end, or what
-    /// they held up begins.
+    /// Bus Master Enable is `enabled` now. Without it a device sends no messages, and one that is
+    /// active stops before this returns: what was under way has ended. It needs a reset then, as
+    /// it would if it had lost its rings, so nothing of what a driver left behind is touched when
+    /// another one enables bus mastering again.
     fn set_bus_master(&self, enabled: bool) {
-        let news = self.master.set(enabled);
         self.shared.msix.set_bus_master(enabled);
-        if news && enabled {
-            for index in 0..self.kicks.len() {
-                self.kick(index);
-            }
+        let mut state = self.state();
+        self.bus_master.store(enabled, Ordering::Relaxed);
+        if !enabled && state.active {
+            self.device.reset();
+            state.active = false;
+            self.shared.needs_reset();
         }
     }
 
@@ -318,6 +317,10 @@ impl VirtioPci {
     }
 
     fn activate(&self, state: &mut State) -> bool {
+        if !self.bus_master.load(Ordering::Relaxed) {
+            warn_limited!("a virtio device was started without bus mastering");
+            return false;
+        }
         let features = state.driver_features;
         let has = |bit: u32| features & 1 << bit != 0;
         let mut queues = Vec::with_capacity(state.queues.len());
@@ -343,7 +346,7 @@ impl VirtioPci {
         let started = self.device.activate(Activation {
             features,
             queues,
-            dma: self.dma.clone().of_bus_master(Arc::clone(&self.master)),
+            dma: self.dma.clone(),
             interrupt: Arc::clone(&self.shared) as Arc<dyn VirtioInterrupt>,
         });
         state.active = started.is_ok();
