@@ -110,7 +110,7 @@ impl Bound {
         Ok(bound)
     }
 
-    fn rebind(&self, driver: &str) -> Result<()> {
+    pub(crate) fn rebind(&self, driver: &str) -> Result<()> {
         let write = |path: PathBuf, text: &str| {
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
         };
@@ -141,7 +141,7 @@ impl Bound {
         self.rebind("vfio-pci")
     }
 
-    fn option(&self, more: &str) -> String {
+    pub(crate) fn option(&self, more: &str) -> String {
         format!("path={}{more}", self.sysfs.display())
     }
 }

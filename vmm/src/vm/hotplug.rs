@@ -24,8 +24,6 @@ use crate::control::{ApiError, Code, DeviceKind, NewDevice, PciDeviceInfo};
 /// What adding a device does, in this order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Step {
-    /// The configuration makes sense, and the name is free.
-    Configuration,
     /// A free slot behind what the device is to be behind.
     Slot,
     /// What the device reserves does not meet guest memory.
@@ -47,7 +45,6 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Configuration => "configuration",
             Self::Slot => "slot",
             Self::ReservedRegions => "reserved-regions",
             Self::Open => "open",

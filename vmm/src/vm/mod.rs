@@ -331,7 +331,7 @@ impl Vm {
             };
             if let Some(plugged) = gone {
                 self.removed(plugged, context);
-                answer(replies, &Ok(Done::Nothing));
+                context.answer(replies, &Ok(Done::Nothing));
                 continue;
             }
             self.devices.withdraw(rid);
@@ -343,7 +343,7 @@ impl Vm {
                     id.unwrap_or_default()
                 ),
             );
-            answer(replies, &Err(late.remedy("ask again, or use force")));
+            context.answer(replies, &Err(late.remedy("ask again, or use force")));
         }
     }
 
@@ -351,8 +351,8 @@ impl Vm {
     fn removed(&mut self, plugged: Plugged, context: &mut Context<'_>) {
         let (rid, info) = (plugged.rid, plugged.info());
         plugged.unwatch(context.event_loop);
-        context.removed(&info);
-        answer(self.removals.ended(rid), &Ok(Done::Nothing));
+        context.removed(info);
+        context.answer(self.removals.ended(rid), &Ok(Done::Nothing));
     }
 
     /// Its PCI functions by name.
@@ -380,13 +380,6 @@ impl Vm {
         let button = self.devices.power_button();
         button.set(true);
         button.set(false);
-    }
-}
-
-/// Tells all who wait the same.
-fn answer(replies: Vec<Reply>, result: &Result<Done, ApiError>) {
-    for reply in replies {
-        reply.send(result.clone());
     }
 }
 

@@ -307,11 +307,7 @@ impl Session {
         let operation = device.request();
         let id = device.id().to_owned();
         let _operation = self.control.shared.progress.begin(operation);
-        let mut context = Context {
-            event_loop: &mut self.event_loop,
-            shared: &self.control.shared,
-            config: self.vm.as_mut(),
-        };
+        let mut context = Context::new(&mut self.event_loop, &self.control.shared, &mut self.vm);
         match running.vm.add(device, &mut context) {
             Ok(added) => {
                 self.vm = Some(after);
@@ -365,15 +361,22 @@ impl Session {
     }
 
     fn device_event(&mut self, event: DeviceEvent) {
-        let mut context = Context {
-            event_loop: &mut self.event_loop,
-            shared: &self.control.shared,
-            config: self.vm.as_mut(),
-        };
+        let mut context = Context::new(&mut self.event_loop, &self.control.shared, &mut self.vm);
         if let Some((running, _)) = &mut self.running {
             running.vm.device_event(event, &mut context);
         }
+        let Context {
+            removed, answers, ..
+        } = context;
         self.publish();
+        // Whoever is told finds it so.
+        for PciDeviceInfo { id, bdf } in removed {
+            let gone = Event::DeviceRemoved { id, bdf };
+            self.control.shared.events.emit(gone);
+        }
+        for (reply, result) in answers {
+            reply.send(result);
+        }
     }
 }
 
@@ -455,19 +458,38 @@ pub(super) struct Context<'s> {
     /// What is being done, and what happened.
     pub(super) shared: &'s Shared,
     config: Option<&'s mut Validated>,
+    removed: Vec<PciDeviceInfo>,
+    answers: Vec<(Reply, Result<Done, ApiError>)>,
 }
 
-impl Context<'_> {
+impl<'s> Context<'s> {
+    fn new(
+        event_loop: &'s mut EventLoop,
+        shared: &'s Shared,
+        config: &'s mut Option<Validated>,
+    ) -> Self {
+        Self {
+            event_loop,
+            shared,
+            config: config.as_mut(),
+            removed: Vec::new(),
+            answers: Vec::new(),
+        }
+    }
+
     /// A device is gone: its name is free, a reboot does not bring it back, and who follows the
     /// events is told.
-    pub(super) fn removed(&mut self, device: &PciDeviceInfo) {
+    pub(super) fn removed(&mut self, device: PciDeviceInfo) {
         if let Some(config) = &mut self.config {
             config.minus(&device.id);
         }
-        self.shared.events.emit(Event::DeviceRemoved {
-            id: device.id.clone(),
-            bdf: device.bdf.clone(),
-        });
+        self.removed.push(device);
+    }
+
+    /// All of `replies` are answered with `result`, when everyone can see it.
+    pub(super) fn answer(&mut self, replies: Vec<Reply>, result: &Result<Done, ApiError>) {
+        let answers = replies.into_iter().map(|reply| (reply, result.clone()));
+        self.answers.extend(answers);
     }
 }
 
