@@ -1,9 +1,11 @@
 //! The `nestling` command.
 
 mod doctor;
+mod inherited;
 mod logger;
 mod pasids;
 mod run;
+mod server;
 
 use std::error::Error;
 use std::process::ExitCode;

@@ -1,6 +1,8 @@
 //! `nestling run`: one option per section of the configuration, generated from its tables.
 
 use std::fmt::Write as _;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use vmm::config::{Builder, Field, PayloadConfig, SECTIONS, Section, schema};
@@ -9,6 +11,10 @@ use vmm::outcome::STATUSES;
 use vmm::vm::Control;
 
 use crate::Failure;
+use crate::server::{Listener, Monitor, Server, Services};
+
+const API_SOCKET: &str = "api-socket";
+const EVENT_MONITOR: &str = "event-monitor";
 
 /// The subcommand with its whole help.
 pub(crate) fn command() -> Command {
@@ -25,6 +31,27 @@ pub(crate) fn command() -> Command {
         )
         .args(payload)
         .args(sections)
+        .arg(
+            Arg::new(API_SOCKET)
+                .long(API_SOCKET)
+                .value_name("path=PATH|fd=N")
+                .help(
+                    "Serve the API on this Unix socket; without a kernel, a client creates the VM",
+                )
+                .long_help(
+                    "Serve the API (HTTP/1.1 with JSON, see nestling api) on a Unix socket that is \
+                     made for this user alone, or on a listening one that is descriptor N. When no \
+                     VM is described by other options, none runs until a client creates it.",
+                ),
+        )
+        .arg(
+            Arg::new(EVENT_MONITOR)
+                .long(EVENT_MONITOR)
+                .value_name("path=PATH|fd=N")
+                .help(
+                    "Write what happens, one JSON object per line, to a file, pipe or descriptor",
+                ),
+        )
         .after_long_help(after_help())
 }
 
@@ -88,21 +115,83 @@ Example:
     text
 }
 
-/// Runs the VM and returns the exit status.
+/// Runs the VM, if there is one, and serves clients; returns the exit status.
 pub(crate) fn run(options: &ArgMatches) -> Result<u8, Failure> {
-    let config = configuration(options)
-        .and_then(|config| config.build().map_err(|why| why.to_string()))
-        .and_then(|config| config.validate().map_err(|why| why.to_string()))
-        .map_err(Failure::Usage)?;
-    let (_controller, requests) = control::channel().map_err(|why| Failure::Error(why.into()))?;
-    let control = Control {
-        requests,
-        shared: Shared::default(),
+    let services = services(options).map_err(Failure::Usage)?;
+    let config = match services.listener.is_some() && !describes_a_vm(options) {
+        true => None,
+        false => Some(
+            configuration(options)
+                .and_then(|config| config.build().map_err(|why| why.to_string()))
+                .and_then(|config| config.validate().map_err(|why| why.to_string()))
+                .map_err(Failure::Usage)?,
+        ),
     };
-    match vmm::vm::run(Some(config), control) {
+    let error = |why: Box<dyn std::error::Error>| Failure::Error(why);
+    let nestling = vmm::vm::prepare().map_err(|why| error(why.into()))?;
+    let (controller, requests) = control::channel().map_err(|why| error(why.into()))?;
+    let shared = Shared::default();
+    let served = services.listener.is_some() || services.monitor.is_some();
+    // Dropped last: answers that are on their way arrive.
+    let _server = served
+        .then(|| Server::start(services, controller, shared.clone()))
+        .transpose()
+        .map_err(|why| error(why.into()))?;
+    match nestling.run(config, Control { requests, shared }) {
         Ok(outcome) => Ok(outcome.status()),
-        Err(why) => Err(Failure::Error(Box::new(why))),
+        Err(why) => Err(error(why.into())),
     }
+}
+
+fn services(options: &ArgMatches) -> Result<Services, String> {
+    let listener = match place(options, API_SOCKET)? {
+        Some(Place::Path(path)) => Some(Listener::bind(&path)?),
+        Some(Place::Descriptor(fd)) => Some(Listener::inherit(fd)?),
+        None => None,
+    };
+    let monitor = match place(options, EVENT_MONITOR)? {
+        Some(Place::Path(path)) => Some(Monitor::open(&path)?),
+        Some(Place::Descriptor(fd)) => Some(Monitor::inherit(fd)?),
+        None => None,
+    };
+    Ok(Services { listener, monitor })
+}
+
+/// `path=PATH`, `fd=N`, or just a path, as Cloud Hypervisor takes it.
+enum Place {
+    Path(PathBuf),
+    Descriptor(RawFd),
+}
+
+fn place(options: &ArgMatches, option: &str) -> Result<Option<Place>, String> {
+    let Some(text) = options.get_one::<String>(option) else {
+        return Ok(None);
+    };
+    let wrong = || {
+        Err(format!(
+            "--{option} {text} is wrong; write path=PATH or fd=N"
+        ))
+    };
+    match text.split_once('=') {
+        Some(("fd", number)) => match number.parse() {
+            Ok(fd) => Ok(Some(Place::Descriptor(fd))),
+            Err(_) => wrong(),
+        },
+        Some(("path", "")) => wrong(),
+        Some(("path", path)) => Ok(Some(Place::Path(path.into()))),
+        None if !text.is_empty() => Ok(Some(Place::Path(text.into()))),
+        _ => wrong(),
+    }
+}
+
+/// Whether any option is about a VM.
+fn describes_a_vm(options: &ArgMatches) -> bool {
+    let payload = PayloadConfig::GROUP.fields.iter().map(|f| f.option);
+    let sections = SECTIONS.iter().filter(|s| !is_payload(s)).map(|s| s.option);
+    payload
+        .chain(sections)
+        .chain(["config"])
+        .any(|option| options.contains_id(option))
 }
 
 fn configuration(options: &ArgMatches) -> Result<Builder, String> {

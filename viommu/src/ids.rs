@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 /// endpoint of a VM completely.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(value_type = String, example = "00:05.0"))]
 pub struct Rid(pub u16);
 
 impl Rid {
@@ -101,6 +102,7 @@ impl TryFrom<String> for Rid {
 /// Traffic without a PASID is not PASID 0: it is `None` in a [`Target`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Pasid(pub u32);
 
 impl Pasid {
@@ -122,16 +124,19 @@ impl Pasid {
 /// A guest-physical address, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Gpa(pub u64);
 
 /// An I/O virtual address: what an endpoint puts on the bus, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Iova(pub u64);
 
 /// A back end's own number for a domain (an address space whose mappings the front end keeps).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct DomainId(pub u32);
 
 macro_rules! hex {
@@ -152,6 +157,7 @@ hex!(Gpa, Iova);
 
 /// What a translation is for: an endpoint's plain requests, or its requests with one PASID.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Target {
     /// The endpoint.
     pub endpoint: Rid,

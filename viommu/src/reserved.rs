@@ -20,6 +20,7 @@ pub const X86_MSI: Region = Region {
 /// What a region is. Where regions overlap, the greater kind is what counts.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub enum Kind {
     /// Not translated: outside the host IOMMU's aperture, or used by the platform.
     Reserved,
@@ -47,6 +48,7 @@ impl Kind {
 /// Addresses from `first` to `last`, both inclusive so that the end of the address space can be
 /// named.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Region {
     /// First address.
     pub first: u64,
@@ -77,6 +79,7 @@ impl fmt::Display for Region {
 /// A set of regions: sorted, without overlaps, neighbours of one kind merged.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(from = "Vec<Region>", into = "Vec<Region>")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Regions(Vec<Region>);
 
 impl Regions {

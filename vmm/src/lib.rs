@@ -1,7 +1,8 @@
 //! nestling's virtual machine: KVM, memory layout, boot, ACPI, interrupt routing and the device
 //! manager.
 //!
-//! [`config`] is what a user asks for, [`vm::run`] makes it true, [`outcome`] says how it ended.
+//! [`config`] is what a user asks for, [`vm::Prepared::run`] makes it true, [`outcome`] says how
+//! it ended; [`control`] is how clients reach it meanwhile.
 
 pub mod acpi;
 pub mod boot;

@@ -33,6 +33,7 @@ use crate::{DomainId, Gpa, Iova, Rid, Target};
 /// What translates the DMA of one [`Target`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub enum Translation {
     /// No DMA passes; each attempt is a fault.
     #[default]
@@ -60,6 +61,7 @@ pub enum Translation {
 
 /// A guest's stage-1 (first-stage) table in VT-d's format, which is x86-64's (VT-d 9.8).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Stage1 {
     /// The 4 KiB-aligned root table.
     pub root: Gpa,
@@ -75,6 +77,7 @@ pub struct Stage1 {
 
 /// A guest's stage-2 (second-stage) table in VT-d's format (VT-d 9.7, 9.10).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Stage2 {
     /// The 4 KiB-aligned root table.
     pub root: Gpa,

@@ -24,6 +24,7 @@ pub struct Iommu {
 
 /// What a unit holds, for `vm.viommu`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Snapshot {
     /// Whether endpoints without a domain are in bypass mode.
     pub bypass: bool,
@@ -41,6 +42,7 @@ pub struct Snapshot {
 
 /// An endpoint in a [`Snapshot`].
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct EndpointSnapshot {
     /// Which; its number for the guest is the same.
     pub endpoint: Rid,
@@ -56,6 +58,7 @@ pub struct EndpointSnapshot {
 
 /// A domain in a [`Snapshot`].
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct DomainSnapshot {
     /// Its number.
     pub domain: u32,
@@ -71,6 +74,7 @@ pub struct DomainSnapshot {
 
 /// What a unit did since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Counters {
     /// Requests, of whatever type.
     pub requests: u64,

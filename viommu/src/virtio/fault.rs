@@ -28,6 +28,7 @@ pub(super) struct Faults {
 
 /// How many fault reports there were.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct FaultCounters {
     /// Kept for the driver.
     pub reported: u64,

@@ -17,6 +17,7 @@ const MHMV: u8 = 15;
 /// How the guest programs the unit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub enum Mode {
     /// Scalable mode: first-stage tables, which the guest changes without an exit, and PASIDs.
     /// A guest that does not know it can still use legacy tables.

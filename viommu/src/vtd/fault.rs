@@ -20,6 +20,7 @@ const HISTORY: usize = 16;
 
 /// A fault as it is recorded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Recorded {
     /// Whose access.
     pub target: Target,

@@ -29,6 +29,7 @@ struct Completion {
 
 /// How many descriptors of each kind were obeyed, for `vm.viommu`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct QueueCounts {
     /// Context-cache invalidations.
     pub context_cache: u64,

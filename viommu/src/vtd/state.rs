@@ -10,6 +10,7 @@ use crate::{Gpa, Rid};
 
 /// The live state of a unit.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct UnitState {
     /// Its name.
     pub id: String,
@@ -59,6 +60,7 @@ pub struct UnitState {
 
 /// An endpoint.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct EndpointState {
     /// Its name on the bus.
     pub endpoint: Rid,

@@ -18,7 +18,9 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 use viommu::Pasid;
 
 use crate::memory::layout::VTD_UNITS;
@@ -57,6 +59,38 @@ pub struct VmConfig {
     pub platform: PlatformConfig,
 }
 
+impl PartialSchema for VmConfig {
+    fn schema() -> RefOr<Schema> {
+        let properties: Map<String, Value> = SECTIONS
+            .iter()
+            .map(|section| {
+                let group = json!({ "$ref": format!("#/components/schemas/{}", section.name) });
+                let schema = match section.many {
+                    true => json!({ "type": "array", "items": group }),
+                    false => group,
+                };
+                (section.key.into(), schema)
+            })
+            .collect();
+        schema::openapi(json!({
+            "type": "object",
+            "description": "The configuration of one VM.",
+            "properties": properties,
+            "required": ["payload"],
+            "additionalProperties": false,
+        }))
+    }
+}
+
+impl ToSchema for VmConfig {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        for section in SECTIONS {
+            let schema = schema::openapi(section.group.json_schema());
+            schemas.push((section.name.into(), schema));
+        }
+    }
+}
+
 /// One option of the command line that stands for one key of [`VmConfig`].
 #[derive(Clone, Copy, Debug)]
 pub struct Section {
@@ -68,41 +102,49 @@ pub struct Section {
     pub many: bool,
     /// Its fields.
     pub group: Group,
+    /// The name of the struct.
+    pub name: &'static str,
 }
 
-const fn one(key: &'static str, group: Group) -> Section {
-    Section {
-        option: key,
-        key,
-        many: false,
-        group,
-    }
+macro_rules! one {
+    ($key:literal, $type:ident) => {
+        Section {
+            option: $key,
+            key: $key,
+            many: false,
+            group: $type::GROUP,
+            name: stringify!($type),
+        }
+    };
 }
 
-const fn many(option: &'static str, key: &'static str, group: Group) -> Section {
-    Section {
-        option,
-        key,
-        many: true,
-        group,
-    }
+macro_rules! many {
+    ($option:literal, $key:literal, $type:ident) => {
+        Section {
+            option: $option,
+            key: $key,
+            many: true,
+            group: $type::GROUP,
+            name: stringify!($type),
+        }
+    };
 }
 
 /// Every section, in the order help shows them. The fields of `payload` are options of their own
 /// (`--kernel`, `--initramfs`, `--cmdline`).
 pub const SECTIONS: &[Section] = &[
-    one("payload", PayloadConfig::GROUP),
-    one("cpus", CpusConfig::GROUP),
-    one("memory", MemoryConfig::GROUP),
-    many("disk", "disks", DiskConfig::GROUP),
-    many("net", "net", NetConfig::GROUP),
-    one("rng", RngConfig::GROUP),
-    one("serial", SerialConfig::GROUP),
-    one("console", ConsoleConfig::GROUP),
-    many("device", "devices", DeviceConfig::GROUP),
-    many("test-device", "test_devices", TestDeviceConfig::GROUP),
-    many("viommu", "viommus", ViommuConfig::GROUP),
-    one("platform", PlatformConfig::GROUP),
+    one!("payload", PayloadConfig),
+    one!("cpus", CpusConfig),
+    one!("memory", MemoryConfig),
+    many!("disk", "disks", DiskConfig),
+    many!("net", "net", NetConfig),
+    one!("rng", RngConfig),
+    one!("serial", SerialConfig),
+    one!("console", ConsoleConfig),
+    many!("device", "devices", DeviceConfig),
+    many!("test-device", "test_devices", TestDeviceConfig),
+    many!("viommu", "viommus", ViommuConfig),
+    one!("platform", PlatformConfig),
 ];
 
 /// A [`VmConfig`] as it grows: a JSON document and options on top of it.
@@ -115,10 +157,19 @@ impl Builder {
     /// # Errors
     /// Not JSON, or not by the schema.
     pub fn from_json(place: &str, text: &str) -> Result<Self, SchemaError> {
-        let value: Value = serde_json::from_str(text)
-            .map_err(|why| SchemaError(format!("{place} is not JSON ({why}); correct the file")))?;
+        let value: Value = serde_json::from_str(text).map_err(|why| {
+            SchemaError::new(format!("{place} is not JSON ({why}); correct the file"))
+        })?;
+        Self::from_value(place, value)
+    }
+
+    /// Starts from a JSON document that is parsed already.
+    ///
+    /// # Errors
+    /// It is not by the schema.
+    pub fn from_value(place: &str, value: Value) -> Result<Self, SchemaError> {
         let Value::Object(mut document) = value else {
-            return Err(SchemaError(format!(
+            return Err(SchemaError::new(format!(
                 "{place} holds no JSON object; write {{\"payload\": {{…}}}}"
             )));
         };
@@ -126,7 +177,7 @@ impl Builder {
         for (key, value) in &document {
             let section = SECTIONS.iter().find(|s| s.key == key).ok_or_else(|| {
                 let known = SECTIONS.iter().map(|s| s.key);
-                schema::unknown(&format!("{place} has no key"), key, known)
+                schema::unknown(&format!("{place} has no key"), key, known).at("", key)
             })?;
             match (section.many, value) {
                 (false, value) => section.group.check(key, value)?,
@@ -136,9 +187,11 @@ impl Builder {
                     }
                 }
                 (true, other) => {
-                    return Err(SchemaError(format!(
-                        "{key} in {place} is {other}; it must be an array of objects"
-                    )));
+                    return Err(SchemaError::new(format!(
+                        "{key} in {place} is {}; it must be an array of objects",
+                        schema::short(other)
+                    ))
+                    .at("", key));
                 }
             }
         }
@@ -193,12 +246,12 @@ impl Builder {
             .get("payload")
             .is_none_or(|p| p.get("kernel").is_none())
         {
-            return Err(SchemaError(
-                "no kernel is given; add --kernel PATH (or payload.kernel in the JSON)".into(),
+            return Err(SchemaError::new(
+                "no kernel is given; add --kernel PATH (or payload.kernel in the JSON)",
             ));
         }
         serde_json::from_value(self.0.into())
-            .map_err(|why| SchemaError(format!("the configuration is wrong: {why}")))
+            .map_err(|why| SchemaError::new(format!("the configuration is wrong: {why}")))
     }
 }
 

@@ -5,7 +5,8 @@
 //! JSON value first ([`Group::parse`] for option strings), is held against the table
 //! ([`Group::check`]) and is then deserialized, so that both ways in give the same errors.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
+use utoipa::openapi::{RefOr, Schema};
 
 /// How the value of a field is written in an option string, checked and shown.
 ///
@@ -23,6 +24,9 @@ pub trait OptionValue: serde::Serialize + serde::de::DeserializeOwned {
 
     /// The value as it would be written in an option string; `None` when it is "nothing".
     fn to_option(&self) -> Option<String>;
+
+    /// The JSON Schema of the value.
+    fn json_schema() -> Value;
 }
 
 /// One field of a group.
@@ -46,6 +50,10 @@ pub struct Field {
     pub parse: fn(&str) -> Value,
     /// Whether a JSON value is right.
     pub check: fn(&Value) -> Result<(), String>,
+    /// The JSON Schema of its value.
+    pub json_schema: fn() -> Value,
+    /// Its default in JSON.
+    pub json_default: fn() -> Value,
 }
 
 /// A group of fields: one option of the command line, one key of the JSON document.
@@ -62,8 +70,30 @@ pub struct Group {
 
 /// What is wrong with an option string or a document: one sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}", one_line(.0))]
-pub struct SchemaError(pub String);
+#[error("{}", one_line(.text))]
+pub struct SchemaError {
+    text: String,
+    /// The field that it is about, as a path into the JSON document: `disks[0].path`.
+    pub field: Option<String>,
+}
+
+impl SchemaError {
+    /// An error about the document as a whole.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            field: None,
+        }
+    }
+
+    pub(super) fn at(mut self, place: &str, key: &str) -> Self {
+        self.field = Some(match place.is_empty() {
+            true => key.into(),
+            false => format!("{place}.{key}"),
+        });
+        self
+    }
+}
 
 /// `text` as one line that a terminal can show: what a user wrote may have control characters.
 pub(super) fn one_line(text: &str) -> String {
@@ -87,7 +117,9 @@ impl Group {
     /// An unknown, repeated or malformed field; a value that is none.
     pub fn parse(&self, option: &str, text: &str) -> Result<Value, SchemaError> {
         let mut object = Map::new();
-        for part in split_commas(text).map_err(|why| SchemaError(format!("--{option} {why}")))? {
+        for part in
+            split_commas(text).map_err(|why| SchemaError::new(format!("--{option} {why}")))?
+        {
             let (field, value) = match part.split_once('=') {
                 Some((name, value)) => {
                     // `pasid-bits` is as good as `pasid_bits`: who writes options, writes both.
@@ -102,7 +134,7 @@ impl Group {
                 None => match self.word.and_then(|word| self.field(word)) {
                     Some(field) => (field, part.clone()),
                     None => {
-                        return Err(SchemaError(format!(
+                        return Err(SchemaError::new(format!(
                             "--{option} {part:?} is not key=value; write for example {}",
                             self.example()
                         )));
@@ -111,7 +143,7 @@ impl Group {
             };
             let json = (field.parse)(&value);
             (field.check)(&json).map_err(|_| {
-                SchemaError(format!(
+                SchemaError::new(format!(
                     "--{option} {}={value} is wrong: it must be {}",
                     field.option, field.must
                 ))
@@ -125,7 +157,7 @@ impl Group {
                 object.insert(word.key.into(), (word.parse)(field.option));
             }
             if object.insert(field.key.into(), json).is_some() && Some(field.key) != self.word {
-                return Err(SchemaError(format!(
+                return Err(SchemaError::new(format!(
                     "--{option} gives {} twice; give it once",
                     field.option
                 )));
@@ -142,20 +174,23 @@ impl Group {
     /// Not an object, an unknown key, a required key that is missing, a value of the wrong kind.
     pub fn check(&self, place: &str, value: &Value) -> Result<(), SchemaError> {
         let Value::Object(object) = value else {
-            return Err(SchemaError(format!(
-                "{place} is {value}; it must be an object"
+            return Err(SchemaError::new(format!(
+                "{place} is {}; it must be an object",
+                short(value)
             )));
         };
         for (key, value) in object {
             let field = self.field(key).ok_or_else(|| {
                 let known = self.fields.iter().map(|f| f.key);
-                unknown(&format!("{place} has no key"), key, known)
+                unknown(&format!("{place} has no key"), key, known).at(place, key)
             })?;
             (field.check)(value).map_err(|_| {
-                SchemaError(format!(
-                    "{place}.{key} is {value}; it must be {}",
+                let text = format!(
+                    "{place}.{key} is {}; it must be {}",
+                    short(value),
                     field.must
-                ))
+                );
+                SchemaError::new(text).at(place, key)
             })?;
         }
         match self
@@ -163,12 +198,36 @@ impl Group {
             .iter()
             .find(|f| f.required && !object.contains_key(f.key))
         {
-            Some(field) => Err(SchemaError(format!(
+            Some(field) => Err(SchemaError::new(format!(
                 "{place} lacks {}; add {}={}",
                 field.option, field.option, field.syntax
-            ))),
+            ))
+            .at(place, field.key)),
             None => Ok(()),
         }
+    }
+
+    /// Its JSON Schema: what [`check`](Self::check) checks, and the documentation.
+    pub fn json_schema(&self) -> Value {
+        let mut properties = Map::new();
+        for field in self.fields {
+            let mut schema = (field.json_schema)();
+            if let Value::Object(schema) = &mut schema {
+                schema.insert("description".into(), paragraph(field.docs).into());
+                if !field.required {
+                    schema.insert("default".into(), (field.json_default)());
+                }
+            }
+            properties.insert(field.key.into(), schema);
+        }
+        let required = self.fields.iter().filter(|f| f.required).map(|f| f.key);
+        json!({
+            "type": "object",
+            "description": paragraph(self.docs),
+            "properties": properties,
+            "required": required.collect::<Vec<_>>(),
+            "additionalProperties": false,
+        })
     }
 
     /// One line with the syntax of the whole option string.
@@ -225,6 +284,12 @@ impl Group {
     }
 }
 
+/// A JSON Schema as a part of an OpenAPI document.
+pub(super) fn openapi(schema: Value) -> RefOr<Schema> {
+    // A test looks at each of them.
+    serde_json::from_value(schema).unwrap_or_else(|_| Schema::default().into())
+}
+
 /// Doc comment lines as one paragraph per blank-line-separated block.
 pub fn paragraph(docs: &[&str]) -> String {
     docs.iter()
@@ -243,10 +308,20 @@ pub fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>)
         .map(|k| (distance(name, k), *k))
         .min()
         .filter(|(d, k)| *d <= k.len().max(2) / 2);
-    SchemaError(match nearest {
+    SchemaError::new(match nearest {
         Some((_, nearest)) => format!("{what} {name:?}; did you mean {nearest:?}?"),
         None => format!("{what} {name:?}; known are {}", known.join(", ")),
     })
+}
+
+/// A value for a message, cut when it is long.
+pub(super) fn short(value: &Value) -> String {
+    const LONGEST: usize = 100;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 /// Edit distance (insert, delete, replace), of the first 64 characters.
@@ -334,6 +409,14 @@ macro_rules! options {
             }
         }
 
+        impl utoipa::PartialSchema for $name {
+            fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+                $crate::config::schema::openapi(Self::GROUP.json_schema())
+            }
+        }
+
+        impl utoipa::ToSchema for $name {}
+
         impl $name {
             /// The table that parses, checks and documents this group.
             pub const GROUP: $crate::config::schema::Group = $crate::config::schema::Group {
@@ -354,6 +437,10 @@ macro_rules! options {
                         check: |value| serde_json::from_value::<$type>(value.clone())
                             .map(drop)
                             .map_err(|why| why.to_string()),
+                        json_schema: <$type as $crate::config::schema::OptionValue>::json_schema,
+                        json_default: || serde_json::to_value::<$type>(
+                            $crate::config::schema::default_of!($type $(, $default)?)
+                        ).unwrap_or_default(),
                     },
                 )*],
             };

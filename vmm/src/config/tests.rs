@@ -79,16 +79,18 @@ fn what_is_wrong_is_said_in_one_sentence_with_the_value_and_the_remedy() {
         ("serial", "pty", "tty|null|file"),
         ("disc", "path=a", "did you mean \"disk\""),
     ] {
-        let error = parse(&[("kernel", "k"), (option, text)]).unwrap_err().0;
+        let error = parse(&[("kernel", "k"), (option, text)])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(words), "{option} {text}: {error}");
         assert!(!error.contains('\n'));
     }
-    assert!(parse(&[]).unwrap_err().0.contains("--kernel"));
+    assert!(parse(&[]).unwrap_err().to_string().contains("--kernel"));
 }
 
 #[test]
 fn an_unknown_json_key_is_refused_with_the_nearest_known_one() {
-    let error = |text: &str| Builder::from_json("vm.json", text).unwrap_err().0;
+    let error = |text: &str| Builder::from_json("vm.json", text).unwrap_err().to_string();
     assert!(error(r#"{"diks": []}"#).contains("did you mean \"disks\""));
     let nested = error(r#"{"disks": [{"path": "a", "read_only": true}]}"#);
     assert!(nested.contains("disks[0] has no key \"read_only\"; did you mean \"readonly\""));
@@ -142,7 +144,7 @@ fn a_configuration_that_makes_no_sense_is_refused() {
     ] {
         let mut all = vec![("kernel", "k")];
         all.extend(options);
-        let error = parse(&all).unwrap().validate().unwrap_err().0;
+        let error = parse(&all).unwrap().validate().unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
 }

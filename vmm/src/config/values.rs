@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::schema::OptionValue;
 
@@ -22,6 +22,10 @@ impl OptionValue for bool {
 
     fn to_option(&self) -> Option<String> {
         Some(if *self { "on" } else { "off" }.into())
+    }
+
+    fn json_schema() -> Value {
+        json!({ "type": "boolean" })
     }
 }
 
@@ -41,6 +45,10 @@ macro_rules! number {
             fn to_option(&self) -> Option<String> {
                 Some(self.to_string())
             }
+
+            fn json_schema() -> Value {
+                json!({ "type": "integer", "minimum": 0, "maximum": <$type>::MAX })
+            }
         }
     )*};
 }
@@ -58,6 +66,10 @@ impl OptionValue for String {
     fn to_option(&self) -> Option<String> {
         (!self.is_empty()).then(|| self.clone())
     }
+
+    fn json_schema() -> Value {
+        json!({ "type": "string" })
+    }
 }
 
 impl OptionValue for PathBuf {
@@ -67,6 +79,10 @@ impl OptionValue for PathBuf {
     fn to_option(&self) -> Option<String> {
         let text = self.to_string_lossy();
         (!text.is_empty()).then(|| text.into_owned())
+    }
+
+    fn json_schema() -> Value {
+        json!({ "type": "string" })
     }
 }
 
@@ -80,6 +96,14 @@ impl<T: OptionValue> OptionValue for Option<T> {
 
     fn to_option(&self) -> Option<String> {
         self.as_ref().and_then(T::to_option)
+    }
+
+    fn json_schema() -> Value {
+        let mut schema = T::json_schema();
+        if let Some(kind @ Value::String(_)) = schema.get_mut("type") {
+            *kind = json!([kind.clone(), "null"]);
+        }
+        schema
     }
 }
 
@@ -155,6 +179,16 @@ impl OptionValue for Size {
     fn to_option(&self) -> Option<String> {
         Some(self.to_string())
     }
+
+    fn json_schema() -> Value {
+        json!({
+            "type": ["integer", "string"],
+            "minimum": 0,
+            "maximum": u64::MAX,
+            "pattern": "^[0-9]{1,9}[KMGT]?$",
+            "examples": [536_870_912, "512M"],
+        })
+    }
 }
 
 /// A MAC address, as `52:54:00:12:34:56`.
@@ -204,6 +238,10 @@ impl OptionValue for Mac {
     fn to_option(&self) -> Option<String> {
         Some(self.to_string())
     }
+
+    fn json_schema() -> Value {
+        json!({ "type": "string", "pattern": "^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$" })
+    }
 }
 
 /// Defines an enum of words: `Tty` in JSON (as Cloud Hypervisor writes it), `tty` in options;
@@ -227,6 +265,13 @@ macro_rules! words {
 
             fn to_option(&self) -> Option<String> {
                 Some(match self { $( Self::$variant => $word, )* }.into())
+            }
+
+            fn json_schema() -> serde_json::Value {
+                serde_json::json!({
+                    "type": "string",
+                    "enum": [$( stringify!($variant), $word ),*],
+                })
             }
         }
     };

@@ -3,6 +3,8 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use utoipa::openapi::schema::{ObjectBuilder, Type};
+use utoipa::openapi::{RefOr, Schema};
 
 /// What a client gets when a request was not done.
 #[derive(
@@ -85,10 +87,7 @@ pub fn sentence(error: &(dyn std::error::Error + 'static)) -> String {
 macro_rules! codes {
     ($( $(#[doc = $doc:literal])* $name:ident = $status:literal $text:literal; )*) => {
         /// The kinds of errors, each with the HTTP status that goes with it.
-        #[derive(
-            Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize,
-            utoipa::ToSchema,
-        )]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
         pub enum Code {
             $( $(#[doc = $doc])* #[serde(rename = $text)] $name, )*
         }
@@ -139,8 +138,6 @@ codes! {
     NotRemovable = 409 "not-removable";
     /// The body is too large.
     BodyTooLarge = 413 "body-too-large";
-    /// The body is not JSON by its type.
-    UnsupportedMediaType = 415 "unsupported-media-type";
     /// The host refused something: a file, a device, memory, KVM.
     HostRefused = 422 "host-refused";
     /// The device cannot do what the guest was promised at boot.
@@ -158,6 +155,18 @@ codes! {
     /// nestling is ending.
     Ending = 503 "ending";
 }
+
+impl utoipa::PartialSchema for Code {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .description(Some("What kind of error it is."))
+            .enum_values(Some(Self::ALL.iter().map(|code| code.as_str())))
+            .into()
+    }
+}
+
+impl utoipa::ToSchema for Code {}
 
 impl fmt::Display for Code {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -70,9 +70,10 @@ pub struct Operation {
 }
 
 /// The answer to `vm.info`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 pub struct VmInfo {
     /// As it is now: with the devices that were added, without those that were removed.
+    #[schema(value_type = VmConfig)]
     pub config: Arc<VmConfig>,
     /// What the VM is doing.
     pub state: VmState,

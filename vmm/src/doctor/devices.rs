@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::{Finding, Roots, hex, link, names, node, text};
 
 /// One PCI function that is not a bridge.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, utoipa::ToSchema)]
 pub struct PciDevice {
     /// `0000:01:00.0`
     pub address: String,
@@ -50,7 +50,7 @@ pub struct PciDevice {
 }
 
 /// Another function of a group.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, utoipa::ToSchema)]
 pub struct Member {
     /// Its address.
     pub address: String,
@@ -62,7 +62,7 @@ pub struct Member {
 }
 
 /// A reserved region of a group.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, utoipa::ToSchema)]
 pub struct Reserved {
     /// First address.
     pub first: u64,

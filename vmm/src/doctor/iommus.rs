@@ -8,7 +8,7 @@ use viommu::backend::iommufd::hwinfo::VtdHardware;
 use super::{hex, names};
 
 /// One IOMMU.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, utoipa::ToSchema)]
 pub struct Iommu {
     /// The kernel's name: `dmar0`, `ivhd0`.
     pub name: String,
@@ -18,7 +18,7 @@ pub struct Iommu {
 }
 
 /// The kind of an IOMMU, with what its registers say.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, utoipa::ToSchema)]
 #[serde(tag = "model", rename_all = "kebab-case")]
 pub enum Model {
     /// Intel VT-d.

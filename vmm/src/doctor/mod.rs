@@ -53,7 +53,7 @@ impl Default for Roots {
 }
 
 /// The answer to one question.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, utoipa::ToSchema)]
 pub struct Finding {
     /// Yes.
     pub ok: bool,
@@ -92,7 +92,7 @@ impl Finding {
 }
 
 /// All that the doctor found.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, utoipa::ToSchema)]
 pub struct Report {
     /// Guests can run.
     pub kvm: Finding,

@@ -136,7 +136,7 @@ pub struct RemappingUnit {
 }
 
 /// The live state of a unit's remapping.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, utoipa::ToSchema)]
 pub struct RemappingState {
     /// Whether interrupts are remapped.
     pub enabled: bool,

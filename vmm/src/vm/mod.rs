@@ -1,6 +1,6 @@
 //! A VM from its configuration to its end.
 //!
-//! [`run`] owns the VM: it builds it, starts it, does what clients ask, and builds it again after
+//! [`Prepared::run`] owns the VM: it builds it, starts it, does what clients ask, and builds it again after
 //! a reboot. Building is in the order in which a mistake of the user is cheapest to tell: memory,
 //! kernel, devices, then vCPUs. Nothing is left behind when any of it fails.
 
@@ -27,7 +27,7 @@ use vm_memory::{Bytes, GuestAddress};
 pub use devices::DeviceError;
 pub use hotplug::{AddError, Step};
 pub use passthrough::PassthroughError;
-pub use session::{Control, run};
+pub use session::{Control, Prepared, prepare};
 pub use viommus::{ViommuError, ViommuState, ViommuStates};
 
 use self::devices::Devices;

@@ -32,30 +32,43 @@ pub struct Control {
     pub shared: Shared,
 }
 
-/// Runs nestling until a guest, a signal or a request ends it: with a VM of this configuration if
-/// there is one, else with none until a client creates it.
+/// A nestling whose signals go to its event loop, and to no thread that is started from now on.
+#[derive(Debug)]
+pub struct Prepared(Signals);
+
+/// Call it before any thread is started.
 ///
 /// # Errors
-/// The VM of `config` cannot be built, or nestling or KVM cannot go on.
-pub fn run(config: Option<Validated>, control: Control) -> Result<Outcome, VmError> {
-    // Before any thread of a VM, so that all of them leave the signals to the event loop.
+/// No descriptor is left.
+pub fn prepare() -> Result<Prepared, VmError> {
     let signals = Signals::block().map_err(host("a descriptor for signals"))?;
-    let mut event_loop = EventLoop::new(signals).map_err(host("an event loop"))?;
-    event_loop
-        .watch_event(control.requests.eventfd(), Wake::Requests)
-        .map_err(host("a watch of the event loop"))?;
-    let mut session = Session {
-        event_loop,
-        control,
-        vm: None,
-        running: None,
-        first_boot: true,
-    };
-    if let Some(config) = config {
-        session.created(config);
-        session.boot("vm.boot")?;
+    Ok(Prepared(signals))
+}
+
+impl Prepared {
+    /// Runs nestling until a guest, a signal or a request ends it: with a VM of this configuration
+    /// if there is one, else with none until a client creates it.
+    ///
+    /// # Errors
+    /// The VM of `config` cannot be built, or nestling or KVM cannot go on.
+    pub fn run(self, config: Option<Validated>, control: Control) -> Result<Outcome, VmError> {
+        let mut event_loop = EventLoop::new(self.0).map_err(host("an event loop"))?;
+        event_loop
+            .watch_event(control.requests.eventfd(), Wake::Requests)
+            .map_err(host("a watch of the event loop"))?;
+        let mut session = Session {
+            event_loop,
+            control,
+            vm: None,
+            running: None,
+            first_boot: true,
+        };
+        if let Some(config) = config {
+            session.created(config);
+            session.boot("vm.boot")?;
+        }
+        session.serve()
     }
-    session.serve()
 }
 
 struct Session {

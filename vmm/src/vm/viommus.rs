@@ -135,7 +135,7 @@ pub(super) enum FrontEnd {
 }
 
 /// The state of one vIOMMU, as a user may ask for it while the VM runs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, utoipa::ToSchema)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum ViommuState {
     /// A VT-d unit's.
@@ -157,7 +157,7 @@ pub enum ViommuState {
 }
 
 /// The state of all vIOMMUs of a VM.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, utoipa::ToSchema)]
 pub struct ViommuStates {
     /// Each vIOMMU, in the order of the configuration.
     pub viommus: Vec<ViommuState>,

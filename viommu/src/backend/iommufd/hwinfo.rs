@@ -70,6 +70,7 @@ impl HwModel {
 
 /// A VT-d unit's CAP and ECAP registers (VT-d 11.4.2, 11.4.3) and what the kernel adds to them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct VtdHardware {
     /// `IOMMU_HW_INFO_VTD_ERRATA_*` bits.
     pub errata: u32,

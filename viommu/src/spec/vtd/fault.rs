@@ -8,6 +8,7 @@ macro_rules! reasons {
         /// Why a request was blocked. The number is what the record's FR field says.
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
         #[serde(rename_all = "kebab-case")]
+        #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
         #[repr(u8)]
         pub enum FaultReason {
             $($(#[doc = $doc])* $name = $code,)*

@@ -421,6 +421,7 @@ pub struct Iqa {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[repr(u8)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub enum QueueError {
     /// The tail lies beyond the queue's size.
     Tail = 1,

@@ -217,6 +217,7 @@ pub(super) struct Outcome {
 
 /// Counted for `vm.viommu` and for benchmarks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct TargetCounts {
     /// Calls of [`Backend::apply`].
     pub applies: u64,
@@ -234,6 +235,7 @@ pub struct TargetCounts {
 
 /// What is in force for one target, for `vm.viommu`.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct TargetState {
     /// Whose requests.
     pub target: Target,
