@@ -4,9 +4,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 /// What LLVM needs to be told so that libFuzzer sees coverage and comparisons. Only stable
 /// options of rustc.
@@ -74,14 +76,14 @@ impl Fuzzers {
         })
     }
 
-    /// Runs every target whose name contains `filter`, each for `time`, and says how it went.
+    /// Runs every target whose name contains `filter`, each for `time` and one on each core, and says
+    /// how it went.
     /// With `seed` the inputs are the same in every run; without, they are new ones.
     ///
     /// # Errors
     /// A folder cannot be made or a target cannot be started; a broken invariant is not an error
     /// but counted.
     pub fn run(&self, filter: &str, time: Duration, seed: Option<u32>) -> Result<Tally> {
-        let mut tally = Tally::default();
         let chosen: Vec<_> = self
             .names
             .iter()
@@ -93,38 +95,62 @@ impl Fuzzers {
                 self.names.join(", ")
             );
         }
-        for name in chosen {
-            let started = Instant::now();
-            let folder = self.work.join(name);
-            let log = folder.join("log");
-            fs::create_dir_all(folder.join("corpus"))?;
-            let status = Command::new(&self.program)
-                .arg(format!("-max_total_time={}", time.as_secs().max(1)))
-                .args(seed.map(|seed| format!("-seed={seed}")))
-                .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
-                .arg(format!("-artifact_prefix={}/", folder.display()))
-                .arg(folder.join("corpus"))
-                .env("NESTLING_FUZZ", name)
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(fs::File::create(&log)?)
-                .status()
-                .with_context(|| format!("cannot start the fuzz target {name}"))?;
-            let said = fs::read_to_string(&log).unwrap_or_default();
-            let runs = executions(&said);
-            let seconds = started.elapsed().as_secs();
-            if status.success() {
-                tally.passed += 1;
-                println!("  fuzz {name}: held for {runs} inputs in {seconds} s");
-            } else {
-                tally.failed += 1;
-                println!(
-                    "  fuzz {name}: BROKEN after {seconds} s; see {}",
-                    log.display()
-                );
+        let next = AtomicUsize::new(0);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let worker = || -> Result<Tally> {
+            let mut tally = Tally::default();
+            while let Some(name) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
+                match self.target(name, time, seed)? {
+                    true => tally.passed += 1,
+                    false => tally.failed += 1,
+                }
             }
+            Ok(tally)
+        };
+        thread::scope(|scope| {
+            let workers: Vec<_> = (0..cores).map(|_| scope.spawn(worker)).collect();
+            let mut sum = Tally::default();
+            for worker in workers {
+                let done = worker
+                    .join()
+                    .map_err(|_| anyhow!("a thread of the lab panicked"))??;
+                sum.passed += done.passed;
+                sum.failed += done.failed;
+            }
+            Ok(sum)
+        })
+    }
+
+    /// Runs one target; whether its invariants held.
+    fn target(&self, name: &str, time: Duration, seed: Option<u32>) -> Result<bool> {
+        let started = Instant::now();
+        let folder = self.work.join(name);
+        let log = folder.join("log");
+        fs::create_dir_all(folder.join("corpus"))?;
+        let status = Command::new(&self.program)
+            .arg(format!("-max_total_time={}", time.as_secs().max(1)))
+            .args(seed.map(|seed| format!("-seed={seed}")))
+            .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
+            .arg(format!("-artifact_prefix={}/", folder.display()))
+            .arg(folder.join("corpus"))
+            .env("NESTLING_FUZZ", name)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&log)?)
+            .status()
+            .with_context(|| format!("cannot start the fuzz target {name}"))?;
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        let seconds = started.elapsed().as_secs();
+        if status.success() {
+            let runs = executions(&said);
+            println!("  fuzz {name}: held for {runs} inputs in {seconds} s");
+        } else {
+            println!(
+                "  fuzz {name}: BROKEN after {seconds} s; see {}",
+                log.display()
+            );
         }
-        Ok(tally)
+        Ok(status.success())
     }
 
     /// Runs one target on one stored input, with its output shown.

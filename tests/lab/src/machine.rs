@@ -32,6 +32,8 @@ pub struct Hosts {
     pub root: PathBuf,
     /// `target/lab`, shared with the host.
     pub lab: PathBuf,
+    /// Hosts of different lanes may run at the same time.
+    pub lane: u32,
 }
 
 /// A running host. It ends with the value.
@@ -70,14 +72,17 @@ impl Hosts {
     fn boot_once(&self, profile: &str, logs: &Path) -> Result<Host> {
         let what = Profile::read(&self.root, profile)?;
         fs::create_dir_all(logs)?;
-        let images = self.lab.join("images").join(profile);
+        let images = self.lab.join(format!("images/{profile}-{}", self.lane));
         fs::create_dir_all(&images)?;
         for (name, mib) in &what.images {
             File::create(images.join(name))?.set_len(mib << 20)?;
         }
         // A socket's path has 107 bytes at most; the build tree's may be longer.
-        let socket =
-            std::env::temp_dir().join(format!("nestling-lab-{}.agent", std::process::id()));
+        let socket = std::env::temp_dir().join(format!(
+            "nestling-lab-{}-{}.agent",
+            std::process::id(),
+            self.lane
+        ));
         let _ = fs::remove_file(&socket);
         let console = logs.join("host-console.log");
         let messages = logs.join("qemu.log");

@@ -1,5 +1,6 @@
 //! The lab: everything that proves nestling, on any machine. See tests/README.md.
 
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -209,6 +210,7 @@ impl Lab {
             kernel: supplies.host_kernel,
             root: self.root.clone(),
             lab: self.lab.clone(),
+            lane: 0,
         })
     }
 
@@ -219,14 +221,20 @@ impl Lab {
         suite::units(&self.root, &mut tally)?;
         suite::fuzzing(&self.root, &mut tally);
         if !no_guests {
-            let (mut place, tests) = self.prepare(|test| !test.on_request)?;
-            suite::guests(&mut place, &tests, &self.lab, &mut tally);
+            let (place, tests) = self.prepare(|test| !test.on_request)?;
+            let beside = place.beside();
+            suite::guests(
+                iter::once(place).chain(beside),
+                &tests,
+                &self.lab,
+                &mut tally,
+            );
         }
         Ok(tally.close())
     }
 
     fn test_guests(&self, filters: &[String], on_request: bool) -> Result<bool> {
-        let (mut place, chosen) = self.prepare(|test| {
+        let (place, chosen) = self.prepare(|test| {
             filters.iter().any(|filter| {
                 let named = on_request || !test.on_request || test.name == *filter;
                 named && test.name.contains(filter)
@@ -236,7 +244,7 @@ impl Lab {
             bail!("no guest test matches {filters:?}; see cargo lab list");
         }
         let mut tally = Tally::default();
-        suite::guests(&mut place, &chosen, &self.lab, &mut tally);
+        suite::guests([place], &chosen, &self.lab, &mut tally);
         Ok(tally.close())
     }
 

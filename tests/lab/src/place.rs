@@ -75,6 +75,15 @@ impl Place {
         }
     }
 
+    /// Where tests may run beside those that run here: in a host of its own. `None` where a test
+    /// may need this machine for itself, or its cores would not do for two hosts.
+    pub fn beside(&self) -> Option<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut hosts = self.hosts.clone()?;
+        hosts.lane += 1;
+        (!self.direct && cores > 1).then(|| Self::new(self.program.clone(), false, Some(hosts)))
+    }
+
     /// Runs one test with its logs in `target/lab/logs/TEST`.
     ///
     /// # Errors
@@ -145,7 +154,7 @@ impl Place {
         if self.running.is_none() {
             self.boots += 1;
             let hosts = self.hosts.as_ref().context("no emulated host was set up")?;
-            let name = format!("host-{}-{profile}", self.boots);
+            let name = format!("host-{}.{}-{profile}", hosts.lane, self.boots);
             let logs = hosts.lab.join("logs").join(name);
             let started = Instant::now();
             let host = hosts.boot(profile, &logs)?;

@@ -1,7 +1,7 @@
 //! What the person at the terminal sees: one line per step, with its time.
 
 use std::io::{IsTerminal, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Says something in passing.
 pub fn note(text: &str) {
@@ -46,7 +46,12 @@ impl Tally {
     pub fn check(&mut self, name: &str, run: impl FnOnce() -> anyhow::Result<()>) {
         let started = Instant::now();
         let result = run();
-        let seconds = started.elapsed().as_secs_f64();
+        self.count(name, started.elapsed(), result);
+    }
+
+    /// Counts one check that took `time` and shows it.
+    pub fn count(&mut self, name: &str, time: Duration, result: anyhow::Result<()>) {
+        let seconds = time.as_secs_f64();
         match result {
             Ok(()) => {
                 println!("  ok     {name}  {seconds:.1} s");

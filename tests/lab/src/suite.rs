@@ -1,8 +1,11 @@
 //! Everything that `cargo lab test` checks, in the order in which a mistake shows soonest.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -98,14 +101,44 @@ pub fn fuzzing(root: &Path, tally: &mut Tally) {
     }
 }
 
-/// Guest tests, those of one profile together so that each host boots once.
-pub fn guests(place: &mut Place, tests: &[Test], lab: &Path, tally: &mut Tally) {
+/// Guest tests, in all `places` at the same time, those of one profile after each other so that
+/// each host boots once: the first place begins at one end of the list, the others at its other.
+pub fn guests(
+    places: impl IntoIterator<Item = Place>,
+    tests: &[Test],
+    lab: &Path,
+    tally: &mut Tally,
+) {
     section("Guest tests");
-    let mut ordered: Vec<&Test> = tests.iter().collect();
-    ordered.sort_by(|a, b| a.profile.cmp(&b.profile));
-    for test in ordered {
-        tally.check(&test.name, || place.run(test, lab));
-    }
+    let mut ordered: VecDeque<&Test> = tests.iter().collect();
+    ordered
+        .make_contiguous()
+        .sort_by(|a, b| a.profile.cmp(&b.profile));
+    let (ordered, tally) = (Mutex::new(ordered), Mutex::new(tally));
+    let next = |first: bool| {
+        let mut tests = locked(&ordered);
+        if first {
+            tests.pop_front()
+        } else {
+            tests.pop_back()
+        }
+    };
+    thread::scope(|scope| {
+        for (n, mut place) in places.into_iter().enumerate() {
+            let (next, tally) = (&next, &tally);
+            scope.spawn(move || {
+                while let Some(test) = next(n == 0) {
+                    let started = Instant::now();
+                    let result = place.run(test, lab);
+                    locked(tally).count(&test.name, started.elapsed(), result);
+                }
+            });
+        }
+    });
+}
+
+fn locked<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the test program lists.
