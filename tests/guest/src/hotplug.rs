@@ -475,12 +475,12 @@ fn stubborn(lab: &Lab) -> Result<()> {
     let api = machine.api();
     disk_keeps(&mut machine, "0000:00:01.0", 4)?;
     let before = process::holding(machine.pid())?;
-    let remove = json!({"id": "disk", "timeout_ms": 1000});
+    let remove = json!({"id": "disk", "timeout": 1});
     let late = api.ask("PUT", "vm.remove-device", &remove)?;
     refused(&late, 503, "guest-did-not-eject")?;
     // It stays, and works.
     disk_keeps(&mut machine, "0000:00:01.0", 4)?;
-    let force = json!({"id": "disk", "timeout_ms": 1000, "force": true});
+    let force = json!({"id": "disk", "timeout": 1, "force": true});
     api.put("vm.remove-device", &force)?;
     let after = process::holding(machine.pid())?;
     ensure!(
