@@ -294,6 +294,8 @@ impl AttachDevice for MockDevice {
     fn stop(&self) {
         panic!("a detach failed");
     }
+
+    fn resume(&self) {}
 }
 
 struct Sink(Mutex<Sender<PageRequest>>);

@@ -4,14 +4,14 @@
 //! Direct calls on vfio-bindings: vfio-ioctls makes an address space of its own for each VM,
 //! swallows errors of register accesses and of resets, and detaches requests without PASID only.
 
-use std::fs::{File, OpenOptions, read_dir};
+use std::fs::{File, OpenOptions, read_dir, read_link};
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio as sys;
 use viommu::Pasid;
@@ -75,6 +75,30 @@ fn bind_reason(error: &io::Error) -> String {
         Some(libc::ENODEV) => "it stands behind no IOMMU; enable VT-d in the firmware".into(),
         _ => error.to_string(),
     }
+}
+
+/// The other functions of the group of the one at `sysfs` that a driver of the host has, each with
+/// its driver.
+fn host_drivers(sysfs: &Path) -> Vec<String> {
+    let own = sysfs.file_name();
+    let members = read_dir(sysfs.join("iommu_group/devices"));
+    let mut found = Vec::new();
+    for member in members.into_iter().flatten().flatten() {
+        let driver = read_link(member.path().join("driver")).ok();
+        let driver = driver.as_deref().and_then(Path::file_name);
+        if let Some(driver) = driver
+            && Some(member.file_name().as_os_str()) != own
+            && driver != "vfio-pci"
+        {
+            let (name, driver) = (member.file_name(), driver.to_string_lossy());
+            found.push(format!(
+                "{}, which the driver {driver} has",
+                name.to_string_lossy()
+            ));
+        }
+    }
+    found.sort();
+    found
 }
 
 /// One region of a device: a base address register, the ROM, configuration space.
@@ -235,6 +259,9 @@ pub struct VfioDevice {
     /// Offset of each region in the descriptor.
     regions: Vec<(u64, Region)>,
     can_reset: bool,
+    /// While the device is stopped: whether the guest wants it to do DMA. Held across each write of
+    /// its command register.
+    stopped: Mutex<Option<bool>>,
 }
 
 impl VfioDevice {
@@ -258,7 +285,19 @@ impl VfioDevice {
                 path: path.clone(),
                 source,
             })?;
-        Self::bind(file, path, iommufd)
+        Self::bind(file, path, iommufd).map_err(|error| match error {
+            OpenError::Bind { path, source, .. } if !host_drivers(sysfs).is_empty() => {
+                OpenError::Bind {
+                    path,
+                    reason: format!(
+                        "its IOMMU group has {}; bind that to vfio-pci too, or unbind it",
+                        host_drivers(sysfs).join(", ")
+                    ),
+                    source,
+                }
+            }
+            error => error,
+        })
     }
 
     /// Binds a character device that was passed in; `path` is for messages.
@@ -311,6 +350,7 @@ impl VfioDevice {
             regions,
             file,
             path,
+            stopped: Mutex::default(),
         })
     }
 
@@ -395,7 +435,18 @@ impl Hardware for VfioDevice {
 
     fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
         let at = self.at(region, offset, data.len())?;
-        self.file.write_all_at(data, at)
+        let command = COMMAND.checked_sub(offset).filter(|_| region == CONFIG);
+        let command = command.filter(|&into| into < data.len() as u64);
+        let Some(into) = command else {
+            return self.file.write_all_at(data, at);
+        };
+        let mut stopped = self.stopped();
+        let mut data = data.to_vec();
+        if let (Some(wanted), Some(byte)) = (&mut *stopped, data.get_mut(into as usize)) {
+            *wanted = *byte & BUS_MASTER != 0;
+            *byte &= !BUS_MASTER;
+        }
+        self.file.write_all_at(&data, at)
     }
 
     fn region(&self, region: u32) -> Region {
@@ -528,16 +579,44 @@ impl AttachDevice for VfioDevice {
     }
 
     fn stop(&self) {
-        const COMMAND: u64 = 4;
-        const BUS_MASTER: u16 = 1 << 2;
-        let mut command = [0; 2];
-        let stopped = self.read(CONFIG, COMMAND, &mut command).and_then(|()| {
-            let off = u16::from_le_bytes(command) & !BUS_MASTER;
-            self.write(CONFIG, COMMAND, &off.to_le_bytes())
-        });
-        if let Err(error) = stopped {
-            log::error!("{}: bus mastering stays on: {error}", self.path.display());
+        let mut stopped = self.stopped();
+        match self.change_command(|command| command & !BUS_MASTER) {
+            Ok(before) => {
+                stopped.get_or_insert(before & BUS_MASTER != 0);
+            }
+            Err(error) => {
+                *stopped = Some(false);
+                log::error!("{}: bus mastering stays on: {error}", self.path.display());
+            }
         }
+    }
+
+    fn resume(&self) {
+        let mut stopped = self.stopped();
+        if stopped.take() == Some(true)
+            && let Err(error) = self.change_command(|command| command | BUS_MASTER)
+        {
+            log::error!("{}: bus mastering stays off: {error}", self.path.display());
+        }
+    }
+}
+
+/// Where the low byte of the command register is, which has Bus Master Enable.
+const COMMAND: u64 = 4;
+const BUS_MASTER: u8 = 1 << 2;
+
+impl VfioDevice {
+    fn stopped(&self) -> MutexGuard<'_, Option<bool>> {
+        self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the low byte of the command register, with `stopped` locked, and gives what it was.
+    fn change_command(&self, change: impl Fn(u8) -> u8) -> io::Result<u8> {
+        let at = self.at(CONFIG, COMMAND, 1)?;
+        let mut command = [0];
+        self.file.read_exact_at(&mut command, at)?;
+        self.file.write_all_at(&[change(command[0])], at)?;
+        Ok(command[0])
     }
 }
 
@@ -580,6 +659,35 @@ mod tests {
         assert!(reason(libc::EIO).contains("os error 5"));
     }
 
+    #[test]
+    fn what_else_of_a_group_the_host_uses_is_named() {
+        use std::os::unix::fs::symlink;
+        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let devices = dir.as_path().join("iommu_group/devices");
+        std::fs::create_dir_all(&devices).unwrap();
+        let own = dir.as_path().file_name().unwrap().to_owned();
+        for (name, driver) in [
+            (own.to_str().unwrap(), Some("x")),
+            ("0000:00:01.0", Some("vfio-pci")),
+            ("0000:00:01.1", Some("e1000e")),
+            ("0000:00:01.2", None),
+        ] {
+            std::fs::create_dir(devices.join(name)).unwrap();
+            if let Some(driver) = driver {
+                symlink(
+                    Path::new("/x").join(driver),
+                    devices.join(name).join("driver"),
+                )
+                .unwrap();
+            }
+        }
+        assert_eq!(
+            host_drivers(dir.as_path()),
+            ["0000:00:01.1, which the driver e1000e has"]
+        );
+        assert!(host_drivers(Path::new("/nonexistent")).is_empty());
+    }
+
     fn description(flags: u32, cap: u32, length: u64) -> [u64; REGION_WORDS] {
         let mut words = [0; REGION_WORDS];
         words[0] = u64::from(flags) << 32;
@@ -613,6 +721,48 @@ mod tests {
         words[4] = 2 | 32 << 32;
         let (_, region) = decode_region(&words);
         assert_eq!(region.mappable, [(0, 0x4000)]);
+    }
+
+    #[test]
+    fn a_stopped_device_gets_no_bus_mastering_from_its_guest_until_it_may_go_on() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
+        file.as_file().set_len(256).unwrap();
+        let mut regions = vec![(0, Region::default()); CONFIG as usize];
+        regions.push((
+            0,
+            Region {
+                length: 256,
+                mappable: Vec::new(),
+            },
+        ));
+        let device = VfioDevice {
+            file: file.as_file().try_clone().unwrap(),
+            path: "test".into(),
+            regions,
+            can_reset: false,
+            stopped: Mutex::default(),
+        };
+        let command = || {
+            let mut bytes = [0; 2];
+            device.read(CONFIG, COMMAND, &mut bytes).unwrap();
+            u16::from_le_bytes(bytes)
+        };
+        device.write(CONFIG, 4, &[0x06, 0x04]).unwrap();
+        assert_eq!(command(), 0x0406);
+        device.stop();
+        assert_eq!(command(), 0x0402);
+        // Whatever the size of the access.
+        for (at, bytes) in [(4, &[0x07][..]), (4, &[7, 4, 0, 0]), (3, &[0, 0x07])] {
+            device.write(CONFIG, at, bytes).unwrap();
+            assert_eq!(command() & 7, 3);
+        }
+        device.stop();
+        device.resume();
+        assert_eq!(command() & 7, 7, "what the guest asked for meanwhile");
+        device.write(CONFIG, 4, &[0, 0]).unwrap();
+        device.stop();
+        device.resume();
+        assert_eq!(command(), 0);
     }
 
     #[test]

@@ -68,7 +68,7 @@ pub(crate) fn address(guest: &mut Machine) -> Result<String> {
     Ok(found)
 }
 
-fn check(guest: &mut Machine, what: &str) -> Result<String> {
+pub(crate) fn check(guest: &mut Machine, what: &str) -> Result<String> {
     let at = address(guest)?;
     let (check, rest) = what.split_once(' ').unwrap_or((what, ""));
     guest.run_within(SLOW, &format!("dma-engine {check} {at} {rest}"))

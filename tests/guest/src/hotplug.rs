@@ -9,10 +9,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::harness::api::{Answer, Api};
+use crate::harness::bound::Bound;
 use crate::harness::process::{self, Holding};
 use crate::harness::{Guest, Lab, Machine, Test, show, tap::Tap};
 use crate::net::exchange;
-use crate::passthrough::Bound;
 
 /// The tests.
 pub const TESTS: &[Test] = &[

@@ -13,6 +13,7 @@ pub mod hotplug;
 pub mod kernel;
 pub mod mapping;
 pub mod memory;
+pub mod nested;
 pub mod net;
 pub mod passthrough;
 pub mod pci;
@@ -37,6 +38,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("kernel", kernel::TESTS),
     ("mapping", mapping::TESTS),
     ("memory", memory::TESTS),
+    ("nested", nested::TESTS),
     ("net", net::TESTS),
     ("passthrough", passthrough::TESTS),
     ("pci", pci::TESTS),

@@ -5,13 +5,13 @@
 //! mirrors; asking for first-stage tables is refused before the guest starts.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::harness::bound::Bound;
 use crate::harness::{Guest, Lab, Machine, Test};
 use crate::net::exchange;
 
@@ -21,17 +21,25 @@ pub const TESTS: &[Test] = &[
         .profile("vtd")
         .limit(400),
     Test::new("an_nvme_drive_works_behind_second_stage_tables", |lab| {
-        behind(lab, "intel_iommu=on", "DMA", "stage2")
+        behind(
+            lab,
+            "type=vtd,mode=legacy",
+            "intel_iommu=on",
+            "DMA",
+            "stage2",
+        )
     })
     .profile("vtd")
     .limit(400),
     Test::new("an_nvme_drive_works_with_iommu_pt", |lab| {
-        behind(lab, "intel_iommu=on iommu=pt", "identity", "identity")
+        let cmdline = "intel_iommu=on iommu=pt";
+        behind(lab, "type=vtd,mode=legacy", cmdline, "identity", "identity")
     })
     .profile("vtd")
     .limit(400),
+    // Nothing is said of the mode: this host cannot nest.
     Test::new("an_nvme_drive_works_on_a_host_of_47_bits", |lab| {
-        behind(lab, "intel_iommu=on", "DMA", "stage2")
+        behind(lab, "type=vtd", "intel_iommu=on", "DMA", "stage2")
     })
     .profile("vtd-scalable")
     .limit(400),
@@ -83,81 +91,23 @@ pub const TESTS: &[Test] = &[
     .profile("vtd")
     .limit(400)
     .on_request(),
+    Test::new("an_nvme_drive_keeps_a_gibibyte", gibibyte)
+        .profile("vtd")
+        .limit(900)
+        .on_request(),
     Test::new("a_device_that_cannot_be_had_is_refused", refusals).profile("vtd"),
 ];
 
 const NVME: &str = "0000:00:10.0";
 const SLOW: Duration = Duration::from_secs(100);
 
-/// A device of the host that is bound to vfio-pci, and goes back to its driver with the value.
-pub(crate) struct Bound {
-    sysfs: PathBuf,
-    address: &'static str,
-}
-
-impl Bound {
-    pub(crate) fn new(address: &'static str) -> Result<Self> {
-        let sysfs = Path::new("/sys/bus/pci/devices").join(address);
-        let bound = Self { sysfs, address };
-        bound.rebind("vfio-pci")?;
-        let driver = fs::read_link(bound.sysfs.join("driver"));
-        let driver = driver.with_context(|| format!("{address} has no driver"))?;
-        ensure!(
-            driver.ends_with("vfio-pci"),
-            "{address} is bound to {}",
-            driver.display()
-        );
-        Ok(bound)
-    }
-
-    pub(crate) fn rebind(&self, driver: &str) -> Result<()> {
-        let write = |path: PathBuf, text: &str| {
-            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-        };
-        write(self.sysfs.join("driver_override"), &format!("{driver}\n"))?;
-        if self.sysfs.join("driver").exists() {
-            write(self.sysfs.join("driver/unbind"), self.address)?;
-        }
-        write("/sys/bus/pci/drivers_probe".into(), self.address)
-    }
-
-    /// Where it is in sysfs.
-    pub(crate) fn sysfs(&self) -> &Path {
-        &self.sysfs
-    }
-
-    /// Gives an NVMe drive to the host's driver, which finds its namespace, and takes it again.
-    pub(crate) fn works_on_the_host(&self) -> Result<()> {
-        self.rebind("")?;
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !Path::new("/dev/nvme0n1").exists() {
-            ensure!(
-                Instant::now() < deadline,
-                "the host has no {}",
-                self.address
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        self.rebind("vfio-pci")
-    }
-
-    pub(crate) fn option(&self, more: &str) -> String {
-        format!("path={}{more}", self.sysfs.display())
-    }
-}
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        // An empty override lets its own driver have it.
-        let _ = self.rebind("");
-    }
-}
-
 fn without_viommu(lab: &Lab) -> Result<()> {
     let drive = Bound::new(NVME)?;
     let mut guest = Guest::lab_kernel()
         .option("--device", &drive.option(""))
         .boot(lab)?;
+    drive_keeps(&mut guest)?;
+    function_level_reset(&mut guest)?;
     drive_keeps(&mut guest)?;
     let before = guest.run("sha256sum < /dev/nvme0n1")?;
     busy(&mut guest)?;
@@ -172,18 +122,20 @@ fn without_viommu(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// A guest with a unit in legacy mode, and how it uses it.
-fn behind(lab: &Lab, cmdline: &str, group: &str, translation: &str) -> Result<()> {
+/// A guest with a unit that has second-stage tables, and how it uses it.
+fn behind(lab: &Lab, unit: &str, cmdline: &str, group: &str, translation: &str) -> Result<()> {
     let drive = Bound::new(NVME)?;
     let mut guest = Guest::lab_kernel()
         .cmdline(cmdline)
-        .option("--viommu", "type=vtd,mode=legacy")
+        .option("--viommu", unit)
         .option("--device", &drive.option(",iommu=on"))
         .boot(lab)?;
     group_is(&mut guest, group)?;
     drive_keeps(&mut guest)?;
     translation_is(&guest.viommus()?, translation)?;
     rebind(&mut guest)?;
+    drive_keeps(&mut guest)?;
+    function_level_reset(&mut guest)?;
     drive_keeps(&mut guest)?;
     guest.restart_by("reboot -f")?;
     drive_keeps(&mut guest)?;
@@ -342,6 +294,50 @@ fn busy(guest: &mut Machine) -> Result<()> {
     Ok(())
 }
 
+/// The guest resets the drive by itself, while its driver has it and reads from it.
+fn function_level_reset(guest: &mut Machine) -> Result<()> {
+    let methods = guest.run_within(
+        SLOW,
+        "cd /sys/bus/pci/drivers/nvme/0000:*; cat reset_method; \
+         (dd if=/dev/nvme0n1 of=/dev/null bs=64k count=256 2> /dev/null) & \
+         echo 1 > reset && wait; \
+         for i in $(seq 100); do \
+         [ \"$(cat nvme/nvme0/state)\" = live ] && exit 0; sleep 0.1; done; exit 1",
+    )?;
+    ensure!(
+        methods.split_whitespace().any(|method| method == "flr"),
+        "the drive has no function-level reset for the guest, only {methods}"
+    );
+    Ok(())
+}
+
+/// 1 GiB, each part of it written with other data than the last.
+fn gibibyte(lab: &Lab) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    let mut guest = Guest::lab_kernel()
+        .cpus(2)
+        .cmdline("intel_iommu=on")
+        .option("--viommu", "type=vtd")
+        .option("--device", &drive.option(",iommu=on"))
+        .boot(lab)?;
+    group_is(&mut guest, "DMA")?;
+    guest.run_within(
+        Duration::from_secs(800),
+        "head -c 33554432 /dev/urandom > /tmp/data; \
+         for i in $(seq 32); do \
+         (echo $i; cat /tmp/data) | head -c 33554432 > /dev/nvme0n1 || exit 1; \
+         sync; echo 3 > /proc/sys/vm/drop_caches; \
+         (echo $i; cat /tmp/data) | head -c 33554432 | cmp - /dev/nvme0n1 2>&1 \
+         | grep -v 'EOF on -' && exit 1; done; true",
+    )?;
+    let units = guest.viommus()?;
+    translation_is(&units, "stage2")?;
+    let faults = &units[0]["faults_recorded"];
+    ensure!(faults == 0, "the unit has {faults} faults: {units:#}");
+    guest.power_off()?;
+    Ok(())
+}
+
 /// Takes the drive's driver away and gives it back.
 fn rebind(guest: &mut Machine) -> Result<()> {
     guest.run_within(
@@ -393,9 +389,28 @@ fn refusals(lab: &Lab) -> Result<()> {
     fs::rename("/dev/iommu-away", "/dev/iommu")?;
     without?;
     says(
-        &[("--device", &drive.option(",iommu=on"))],
+        &[
+            ("--device", &drive.option(",iommu=on")),
+            ("--viommu", "type=vtd,mode=scalable"),
+        ],
         &[NVME, "first-stage", "mode=legacy"],
     )?;
+    let said = Guest::lab_kernel()
+        .locked_memory(64 << 20)
+        .option("--device", &drive.option(""))
+        .start(lab)?
+        .wait(Duration::from_secs(60))?
+        .said;
+    ensure!(
+        said.contains("locked in memory") && said.contains("ulimit -l"),
+        "the limit of locked memory: {said}"
+    );
+    let shared = Bound::new("0000:00:14.1")?;
+    says(
+        &[("--device", &shared.option(""))],
+        &["0000:00:14.0", "virtio-pci", "vfio-pci too"],
+    )?;
+    drop(shared);
     let mut first = Guest::lab_kernel()
         .option("--device", &drive.option(""))
         .start(lab)?;

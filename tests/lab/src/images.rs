@@ -11,6 +11,9 @@ use crate::cpio::Archive;
 use crate::programs::KERNEL_TESTS;
 use crate::setup::{LAB_KERNEL, Qemu, Supplies};
 
+/// The kernels of guests whose host is a guest.
+const NESTED_KERNELS: [&str; 2] = ["7.2", LAB_KERNEL];
+
 /// Writes everything that the machines see into `lab` (`target/lab`), which they all share:
 /// `bin/`, and `guests/NAME/{vmlinuz,initramfs}` with `guests/tools` to append.
 ///
@@ -58,6 +61,7 @@ pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
         write(&folder.join("initramfs"), &archive.finish())?;
     }
     write(&lab.join("guests/tools"), &tools(&supplies.tools)?)?;
+    write(&lab.join("guests/nested"), &nested(lab, programs)?)?;
     let mut host = base(&supplies.busybox, &agent)?.finish();
     host.extend(tools(&supplies.tools)?);
     write(&lab.join("guests/host-initramfs"), &host)
@@ -158,6 +162,23 @@ fn add_modules(archive: &mut Archive, stock: &Path) -> Result<()> {
         .collect();
     archive.bytes("lib/modules/load", 0o644, paths.as_bytes());
     Ok(())
+}
+
+/// What a guest needs to be a host: nestling, the guest tests, and what its own guests boot.
+fn nested(lab: &Path, programs: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    for program in ["nestling", "guest-test"] {
+        let stripped = lab.join("bin").join(format!("{program}-stripped"));
+        strip(&programs.join(program), &stripped)?;
+        archive.file(&format!("lab/bin/{program}"), &stripped)?;
+    }
+    for kernel in NESTED_KERNELS {
+        for file in ["vmlinuz", "initramfs"] {
+            let file = format!("guests/{kernel}/{file}");
+            archive.file(&format!("lab/{file}"), &lab.join(&file))?;
+        }
+    }
+    Ok(archive.finish())
 }
 
 /// Programs that are not in every guest, with the libraries they load. `discard` is util-linux's

@@ -168,7 +168,7 @@ impl Offer {
                 "scalable".into(),
                 "first-stage tables",
                 "none".into(),
-                "use mode=legacy",
+                "use mode=legacy, or leave mode out",
             ));
         }
 

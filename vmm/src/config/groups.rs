@@ -228,8 +228,9 @@ options! {
         /// Its name, unique in the VM.
         pub id: String = "viommu0".into();
         /// Scalable mode has first-stage tables, which the guest changes without an exit, and
-        /// PASIDs. All units of a VM have the same mode.
-        pub mode: UnitMode = UnitMode::Scalable;
+        /// PASIDs. All units of a VM have the same mode. By itself, scalable mode, or legacy mode
+        /// where a device of the host is behind a unit and the host's IOMMU cannot nest.
+        pub mode: Option<UnitMode>;
         /// Bits of DMA address: 39, 48 or 57; by itself, what all devices have, up to 48.
         pub address_width: Option<u8>;
         /// Bits of PASID, 1 to 20, or 0 for none; by itself, what all devices have.

@@ -512,7 +512,7 @@ impl VmConfig {
         }
         for unit in self.viommus.iter().filter(|u| u.kind == ViommuKind::Virtio) {
             let of_vtd = [
-                ("mode", unit.mode != UnitMode::default()),
+                ("mode", unit.mode.is_some()),
                 ("address_width", unit.address_width.is_some()),
                 ("pasid_bits", unit.pasid_bits.is_some()),
                 ("interrupt_remapping", unit.interrupt_remapping),
@@ -533,8 +533,9 @@ impl VmConfig {
                 unit.id
             )));
         }
-        let no_pasids =
-            |unit: &&ViommuConfig| unit.mode == UnitMode::Legacy || unit.pasid_bits == Some(0);
+        let no_pasids = |unit: &&ViommuConfig| {
+            unit.mode == Some(UnitMode::Legacy) || unit.pasid_bits == Some(0)
+        };
         if let Some(unit) = self.viommus.iter().filter(|unit| unit.vcmd).find(no_pasids) {
             return Err(ConfigError(format!(
                 "viommu id={} has vcmd=on but no PASIDs; leave out mode=legacy and pasid_bits=0, or vcmd",

@@ -212,8 +212,7 @@ impl Devices {
             }
         }
         let viommus = Viommus::new(
-            &config.viommus,
-            &config.platform,
+            config,
             layout,
             kvm.ram(),
             interrupts,

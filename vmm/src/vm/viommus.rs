@@ -27,7 +27,7 @@ use viommu::{GuestRam, Rid};
 
 use super::pasids::VmPasids;
 use super::slots::{Home, Slots};
-use crate::config::{Behind, PlatformConfig, UnitMode, ViommuConfig, ViommuKind};
+use crate::config::{Behind, UnitMode, ViommuConfig, ViommuKind, VmConfig};
 use crate::interrupts::remapping::{RemappingState, RemappingUnit};
 use crate::interrupts::{Interrupts, Remapper};
 use crate::kvm::cpuid::Paging;
@@ -164,14 +164,13 @@ pub struct ViommuStates {
 }
 
 impl Viommus {
-    /// vIOMMUs as `configs` says, with no endpoints. VT-d units are on the bus then; virtio ones
+    /// vIOMMUs as `vm` says, with no endpoints. VT-d units are on the bus then; virtio ones
     /// are put on the PCI bus by [`functions`](Self::functions).
     ///
     /// `host` has the devices that will be passed through: a virtio-iommu never offers more than
     /// they can.
     pub(super) fn new(
-        configs: &[ViommuConfig],
-        platform: &PlatformConfig,
+        vm: &VmConfig,
         layout: &Layout,
         ram: &GuestRam,
         interrupts: &Arc<Interrupts>,
@@ -185,18 +184,23 @@ impl Viommus {
                 ..Config::for_ram(ram)
             },
         );
+        let configs = &vm.viommus;
+        let nests = host.is_none_or(|host| host.capabilities().stage1);
+        let mode = mode_of_units(vm, nests);
         let of_vtd = configs.iter().filter(|c| c.kind == ViommuKind::Vtd);
-        check_agreement(&of_vtd.map(unit_config).collect::<Vec<_>>())?;
+        check_agreement(&of_vtd.map(|c| unit_config(c, mode)).collect::<Vec<_>>())?;
         let mut viommus = Self {
             ram: ram.clone(),
             engine,
             placed: Vec::with_capacity(configs.len()),
             address_width: layout.address_width,
-            pasids: Arc::new(VmPasids::new(platform)),
+            pasids: Arc::new(VmPasids::new(&vm.platform)),
         };
         for (n, config) in configs.iter().enumerate() {
             let front = match config.kind {
-                ViommuKind::Vtd => viommus.vtd_unit(n, config, interrupts, mmio)?,
+                ViommuKind::Vtd => {
+                    viommus.vtd_unit(n, unit_config(config, mode), config.vcmd, interrupts, mmio)?
+                }
                 ViommuKind::Virtio => viommus.virtio_unit(n, config, host)?,
             };
             viommus.placed.push(Placed {
@@ -211,7 +215,8 @@ impl Viommus {
     fn vtd_unit(
         &self,
         n: usize,
-        config: &ViommuConfig,
+        config: UnitConfig,
+        vcmd: bool,
         interrupts: &Arc<Interrupts>,
         mmio: &Bus,
     ) -> Result<FrontEnd, ViommuError> {
@@ -219,13 +224,13 @@ impl Viommus {
             .interrupt_remapping
             .then(|| RemappingUnit::new(self.ram.clone(), interrupts));
         let unit = Unit::new(
-            unit_config(config),
+            config,
             Connections {
                 ram: self.ram.clone(),
                 msi: interrupts.clone(),
                 backends: vec![Arc::new(self.engine.clone())],
                 remapper: remapping.clone().map(|r| r as Arc<dyn InterruptRemapper>),
-                pasids: config.vcmd.then(|| self.pasids.clone() as _),
+                pasids: vcmd.then(|| self.pasids.clone() as _),
             },
         )?;
         if let Some(remapping) = &remapping {
@@ -551,10 +556,40 @@ pub(super) fn states(front_ends: &[FrontEnd]) -> ViommuStates {
     }
 }
 
-fn unit_config(config: &ViommuConfig) -> UnitConfig {
+/// The mode of units that do not say it: that of one that does, as all have the same; else
+/// scalable mode, unless that needs a host that `nests`, and this one does not.
+fn mode_of_units(vm: &VmConfig, nests: bool) -> UnitMode {
+    let units = || vm.viommus.iter().filter(|c| c.kind == ViommuKind::Vtd);
+    if let Some(mode) = units().find_map(|unit| unit.mode) {
+        return mode;
+    }
+    // Who asks for what only scalable mode has is told why it cannot be had.
+    let scalable = |unit: &ViommuConfig| {
+        unit.nested || unit.vcmd || unit.pasid_bits.is_some_and(|bits| bits > 0)
+    };
+    let is_unit = |behind: Behind<'_>| match behind {
+        Behind::Nothing => false,
+        Behind::Default => vm
+            .viommus
+            .first()
+            .is_some_and(|c| c.kind == ViommuKind::Vtd),
+        Behind::Named(id) => units().any(|unit| unit.id == id),
+    };
+    let mut devices = vm.devices.iter();
+    let needs_it = devices.any(|d| is_unit(Behind::new(d.iommu, d.viommu.as_deref())));
+    if nests || !needs_it || units().any(scalable) {
+        return UnitMode::Scalable;
+    }
+    log::info!(
+        "the host's IOMMU cannot nest: the guest's has legacy mode, and its tables are mirrored"
+    );
+    UnitMode::Legacy
+}
+
+fn unit_config(config: &ViommuConfig, mode: UnitMode) -> UnitConfig {
     UnitConfig {
         id: config.id.clone(),
-        mode: match config.mode {
+        mode: match config.mode.unwrap_or(mode) {
             UnitMode::Scalable => Mode::Scalable,
             UnitMode::Legacy => Mode::Legacy,
         },
@@ -576,5 +611,75 @@ impl BusDevice for Registers {
 
     fn write(&self, offset: u64, data: &[u8]) {
         self.0.write(offset, data);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DeviceConfig;
+
+    fn vm(units: &[ViommuConfig], behind: Option<&str>) -> VmConfig {
+        VmConfig {
+            viommus: units.to_vec(),
+            devices: vec![DeviceConfig {
+                iommu: behind == Some(""),
+                viommu: behind.filter(|id| !id.is_empty()).map(Into::into),
+                ..DeviceConfig::default()
+            }],
+            ..VmConfig::default()
+        }
+    }
+
+    fn unit(change: impl FnOnce(&mut ViommuConfig)) -> ViommuConfig {
+        let mut unit = ViommuConfig::default();
+        change(&mut unit);
+        unit
+    }
+
+    #[test]
+    fn a_unit_before_a_device_of_a_host_that_cannot_nest_has_legacy_mode() {
+        let plain = [unit(|_| ())];
+        assert_eq!(
+            mode_of_units(&vm(&plain, Some("")), false),
+            UnitMode::Legacy
+        );
+        assert_eq!(
+            mode_of_units(&vm(&plain, Some("viommu0")), false),
+            UnitMode::Legacy
+        );
+        assert_eq!(
+            mode_of_units(&vm(&plain, Some("")), true),
+            UnitMode::Scalable
+        );
+        // The device is behind none of them.
+        assert_eq!(mode_of_units(&vm(&plain, None), false), UnitMode::Scalable);
+        let other = [
+            unit(|_| ()),
+            unit(|u| (u.kind, u.id) = (ViommuKind::Virtio, "b".into())),
+        ];
+        assert_eq!(
+            mode_of_units(&vm(&other, Some("b")), false),
+            UnitMode::Scalable
+        );
+    }
+
+    #[test]
+    fn what_a_user_asks_for_is_not_taken_away_in_silence() {
+        let mode = |units: &[ViommuConfig]| mode_of_units(&vm(units, Some("")), false);
+        let scalable = |u: &mut ViommuConfig| u.mode = Some(UnitMode::Scalable);
+        assert_eq!(
+            mode(&[unit(|u| u.id = "b".into()), unit(scalable)]),
+            UnitMode::Scalable
+        );
+        let wishes: [fn(&mut ViommuConfig); 3] = [
+            |u| u.nested = true,
+            |u| u.vcmd = true,
+            |u| u.pasid_bits = Some(8),
+        ];
+        for wish in wishes {
+            assert_eq!(mode(&[unit(wish)]), UnitMode::Scalable);
+        }
+        assert_eq!(mode(&[unit(|u| u.pasid_bits = Some(0))]), UnitMode::Legacy);
     }
 }

@@ -1,7 +1,7 @@
 //! A guest under nestling: described, booted, asked, ended.
 
 use std::fs::{self, File};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -35,6 +35,12 @@ pub struct Guest {
     /// The serial port shows the kernel's whole log, at the price of two exits a character.
     verbose: bool,
     tools: bool,
+    /// It runs guests itself.
+    host: bool,
+    /// What the harness adds by itself is behind the default vIOMMU, too.
+    all_behind: bool,
+    /// nestling may lock so many bytes of memory, and has no right to go beyond.
+    locked: Option<u64>,
     arguments: Vec<String>,
     /// Where nestling takes requests.
     api: Option<PathBuf>,
@@ -51,6 +57,9 @@ impl Guest {
             cmdline: "console=ttyS0 panic=-1".to_owned(),
             verbose: false,
             tools: false,
+            host: false,
+            all_behind: false,
+            locked: None,
             arguments: Vec::new(),
             api: None,
         }
@@ -94,6 +103,25 @@ impl Guest {
     /// With `lspci` and other programs that not every guest has.
     pub fn tools(mut self) -> Self {
         self.tools = true;
+        self
+    }
+
+    /// With nestling, the guest tests and a guest of its own to run.
+    pub fn host(mut self) -> Self {
+        self.host = true;
+        self
+    }
+
+    /// With every device behind the default vIOMMU, the channel of the tests and the entropy source
+    /// too: Linux gives no messages to a device that no unit covers once it remaps interrupts.
+    pub fn all_behind(mut self) -> Self {
+        self.all_behind = true;
+        self.option("--rng", "src=/dev/urandom,iommu=on")
+    }
+
+    /// With a limit on the memory that nestling may lock, in bytes, as users without rights have.
+    pub fn locked_memory(mut self, bytes: u64) -> Self {
+        self.locked = Some(bytes);
         self
     }
 
@@ -147,6 +175,7 @@ impl Guest {
         let socket = lab.file(&format!("channel-{number}"));
         let console = lab.file(&format!("console-{number}"));
         let said = lab.file(&format!("nestling-{number}"));
+        let behind = if self.all_behind { ",iommu=on" } else { "" };
         let mut command = Command::new(lab.nestling());
         command
             .arg("run")
@@ -160,7 +189,7 @@ impl Guest {
             .arg("--serial")
             .arg(format!("file={}", console.display()))
             .arg("--console")
-            .arg(format!("socket={}", socket.display()))
+            .arg(format!("socket={}{behind}", socket.display()))
             .args(&self.arguments)
             .env("RUST_BACKTRACE", "1")
             .stdin(Stdio::null())
@@ -170,6 +199,10 @@ impl Guest {
             lab.logs().join(format!("guest-{number}.cmdline")),
             format!("{command:?}\n"),
         )?;
+        if let Some(bytes) = self.locked {
+            // SAFETY: between fork and exec only async-signal-safe calls are made.
+            unsafe { command.pre_exec(move || limit_locked_memory(bytes)) };
+        }
         let started = Instant::now();
         let child = command
             .spawn()
@@ -198,9 +231,13 @@ impl Guest {
             .clone()
             .unwrap_or_else(|| folder.join("vmlinuz"));
         let mut initramfs = folder.join("initramfs");
-        if self.tools {
+        let more = [(self.tools, "guests/tools"), (self.host, "guests/nested")];
+        let more: Vec<&str> = more.into_iter().filter(|m| m.0).map(|m| m.1).collect();
+        if !more.is_empty() {
             let mut bytes = fs::read(&initramfs)?;
-            bytes.extend(fs::read(lab.shared("guests/tools"))?);
+            for archive in more {
+                bytes.extend(fs::read(lab.shared(archive))?);
+            }
             initramfs = lab.file(&format!("initramfs-{number}"));
             fs::write(&initramfs, bytes)?;
         }
@@ -384,6 +421,29 @@ impl Machine {
         }
     }
 
+    /// Runs a test of this program in the guest, which is a [`host`](Guest::host). The logs of
+    /// the guest's guests are kept beside its own.
+    ///
+    /// # Errors
+    /// The test failed, or the guest does not answer.
+    pub fn run_inside(&mut self, limit: Duration, test: &str) -> Result<()> {
+        let output = self.try_run(
+            limit,
+            &format!("NESTLING_LAB=/lab exec /lab/bin/guest-test run {test}"),
+        )?;
+        print!("{}", output.stdout);
+        let logs = self.run("cd /lab/logs && tail -n 400 $(find . -type f)")?;
+        fs::write(self.kept.with_extension("inside.log"), logs)?;
+        if output.status != 0 {
+            bail!(
+                "inside the guest: status {}: {}",
+                output.status,
+                output.stderr.trim()
+            );
+        }
+        Ok(())
+    }
+
     /// Sends a command that ends the guest, and waits for nestling's end.
     ///
     /// # Errors
@@ -469,6 +529,23 @@ impl Drop for Machine {
         }
         let _ = fs::copy(&self.console, self.kept.with_extension("console.log"));
         let _ = fs::copy(&self.said, self.kept.with_extension("nestling.log"));
+    }
+}
+
+/// Sets the limit, and drops the right to ignore it from what the next program may have.
+fn limit_locked_memory(bytes: u64) -> std::io::Result<()> {
+    const CAP_IPC_LOCK: libc::c_ulong = 14;
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: bytes,
+    };
+    // SAFETY: the structure outlives the call, which only reads it.
+    let set = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) };
+    // SAFETY: this option of prctl takes numbers only.
+    let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0) };
+    match (set, dropped) {
+        (0, 0) => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

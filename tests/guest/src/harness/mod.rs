@@ -1,6 +1,7 @@
 //! What the guest tests are written with.
 
 pub mod api;
+pub mod bound;
 pub mod dmesg;
 mod guest;
 pub mod payload;
@@ -29,6 +30,10 @@ pub struct Test {
     pub on_request: bool,
     /// Its guests are a few instructions, which any /dev/kvm runs, one without vmx or svm too.
     pub tiny: bool,
+    /// It is run by another test, in a guest that is a host itself.
+    pub inside: bool,
+    /// It makes devices fault on purpose, which the host's kernel must report.
+    pub faults: bool,
     /// The test.
     pub run: fn(&Lab) -> Result<()>,
 }
@@ -42,6 +47,8 @@ impl Test {
             limit: 300,
             on_request: false,
             tiny: false,
+            inside: false,
+            faults: false,
             run,
         }
     }
@@ -61,6 +68,18 @@ impl Test {
     /// With guests of a few instructions: run wherever /dev/kvm can be opened.
     pub const fn tiny(mut self) -> Self {
         self.tiny = true;
+        self
+    }
+
+    /// Run by another test, in a guest that is a host itself ([`Machine::run_inside`]).
+    pub const fn inside(mut self) -> Self {
+        self.inside = true;
+        self
+    }
+
+    /// With DMA that must fault, and be reported by the host's kernel.
+    pub const fn faults(mut self) -> Self {
+        self.faults = true;
         self
     }
 
@@ -85,7 +104,8 @@ pub struct Listed {
 pub fn list(all: &[(&str, &[Test])]) -> Vec<Listed> {
     let mut listed = Vec::new();
     for (module, tests) in all {
-        listed.extend(tests.iter().map(|test| Listed {
+        let of_the_lab = tests.iter().filter(|test| !test.inside);
+        listed.extend(of_the_lab.map(|test| Listed {
             name: format!("{module}::{}", test.name),
             profile: test.profile,
             limit: test.limit,
@@ -188,5 +208,14 @@ pub fn run(name: &str, test: &Test) -> Result<()> {
     if !left.is_empty() {
         bail!("nestling still runs as process {left:?} after the test");
     }
-    dmesg::check("the host's kernel", &words?)
+    let mut words = words?;
+    if test.faults {
+        let (faults, others): (Vec<&str>, Vec<&str>) =
+            words.lines().partition(|line| line.contains("DMAR: "));
+        if !faults.iter().any(|line| line.contains("DMAR: [DMA")) {
+            bail!("the host's kernel reports no fault");
+        }
+        words = others.join("\n");
+    }
+    dmesg::check("the host's kernel", &words)
 }

@@ -195,7 +195,12 @@ impl HostIommu {
                 }
             }
         }
-        Err(Unfit::host("IOMMU_HWPT_ALLOC", rid.to_string(), refusal))
+        // It is the first table that pins what the address space has.
+        let object = match refusal.raw_os_error() {
+            Some(libc::ENOMEM) => format!("guest memory, for {rid},"),
+            _ => rid.to_string(),
+        };
+        Err(Unfit::mapping("IOMMU_HWPT_ALLOC", object, refusal))
     }
 
     fn start_page_requests(&self) -> Result<(), Unfit> {

@@ -29,7 +29,11 @@ pub trait AttachDevice: Send + Sync {
     /// What the kernel says; nothing changed then.
     fn detach(&self, pasid: Option<Pasid>) -> io::Result<()>;
 
-    /// The last resort, after a detach failed: stops all DMA of the device (PCI: bus mastering off)
-    /// until it is reset.
+    /// The last resort, after a detach failed: stops all DMA of the device (PCI: bus mastering
+    /// off, whatever the guest or a reset makes of it) until [`resume`](Self::resume).
     fn stop(&self);
+
+    /// Lets the device do what DMA its driver wants again: everything that could not be detached
+    /// now is.
+    fn resume(&self);
 }

@@ -711,4 +711,10 @@ impl AttachDevice for FakeAttach {
             device.stopped = true;
         }
     }
+
+    fn resume(&self) {
+        if let Some(device) = self.fake.world().devices.get_mut(&self.id) {
+            device.stopped = false;
+        }
+    }
 }

@@ -54,7 +54,8 @@ struct Attachment {
     /// What the kernel has attached.
     hwpt: Arc<Hwpt>,
     keep: Keep,
-    /// A detach failed: the kernel still has it, and the device was stopped.
+    /// A detach failed: the kernel still has it, so it is kept alive here; the device is stopped,
+    /// so that the target is Blocked all the same.
     stuck: bool,
 }
 
@@ -355,8 +356,8 @@ impl HostIommu {
         Ok(shadow)
     }
 
-    /// Makes the target Blocked. On an error the kernel still has the old table: the device is
-    /// stopped, and the record keeps what the kernel has.
+    /// Makes the target Blocked. It is on an error, too, by other means: the kernel still has the
+    /// old table, and the device is stopped until a later call detaches it.
     fn block(
         &self,
         endpoint: &Endpoint,
@@ -370,14 +371,17 @@ impl HostIommu {
             attachment.stuck = true;
             endpoint.device.attach.stop();
             let target = endpoint.target(pasid);
-            log::error!("{target} cannot be detached ({source}); its DMA is stopped until reset");
+            log::error!("{target} cannot be detached ({source}); all DMA of the device is stopped");
             return Err(Refused::Host {
                 call: "VFIO_DEVICE_DETACH_IOMMUFD_PT",
                 object: target.to_string(),
                 source,
             });
         }
-        state.targets.remove(&pasid);
+        let was_stuck = state.targets.remove(&pasid).is_some_and(|old| old.stuck);
+        if was_stuck && state.targets.values().all(|other| !other.stuck) {
+            endpoint.device.attach.resume();
+        }
         self.forget_requests(endpoint.target(pasid));
         Ok(())
     }
@@ -539,7 +543,7 @@ impl Backend for HostIommu {
             return Translation::Blocked;
         };
         let state = endpoint.state();
-        let attachment = state.targets.get(&target.pasid);
+        let attachment = state.targets.get(&target.pasid).filter(|a| !a.stuck);
         attachment.map_or(Translation::Blocked, |attachment| attachment.translation)
     }
 
