@@ -3,7 +3,8 @@
  * Gives a process its own address space on nestling's DMA test engine (SVA).
  *
  * One node per device, /dev/dma-engine-<PCI address>. An open file can bind the process that
- * asks (DMA_ENGINE_BIND gives the PASID) and map pages of BAR 0 (the offset of the mapping is the
+ * asks (DMA_ENGINE_BIND gives the PASID), only give it a PASID, which is free again when it ends
+ * (DMA_ENGINE_PASID, on kernels whose allocator can be the host's by virtual commands), and map pages of BAR 0 (the offset of the mapping is the
  * offset into the BAR; the MSI-X pages are left out). Closing it, or unplugging the device, undoes
  * both. What the pages mean is in devices/src/testdev/README.md.
  *
@@ -20,6 +21,7 @@
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/pci.h>
+#include <linux/pci-ats.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -27,6 +29,12 @@
 
 #define DMA_ENGINE_BIND _IOR('N', 1, __u32)
 #define DMA_ENGINE_UNBIND _IO('N', 2)
+#define DMA_ENGINE_PASID _IOR('N', 3, __u32)
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+/* Of drivers/iommu/iommu-sva-lib.h; exported, but no header of modules has it. */
+int iommu_sva_alloc_pasid(struct mm_struct *mm, ioasid_t min, ioasid_t max);
+#endif
 
 /* The MSI-X table and pending bits: whoever writes them makes the device write anywhere. */
 #define MSIX_FIRST (0x1000 >> PAGE_SHIFT)
@@ -122,6 +130,25 @@ static long opener_bind(struct opener *opener, __u32 __user *to)
 	return 0;
 }
 
+static long opener_pasid(struct opener *opener, __u32 __user *to)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+	int result, max;
+
+	if (!opener->engine->pci)
+		return -ENODEV;
+	max = pci_max_pasids(opener->engine->pci);
+	if (max <= 1)
+		return max < 0 ? max : -ENODEV;
+	result = iommu_sva_alloc_pasid(current->mm, 1, max - 1);
+	if (result)
+		return result;
+	return put_user(current->mm->pasid, to);
+#else
+	return -EOPNOTSUPP;
+#endif
+}
+
 static long engine_ioctl(struct file *file, unsigned int command, unsigned long argument)
 {
 	struct opener *opener = file->private_data;
@@ -134,6 +161,9 @@ static long engine_ioctl(struct file *file, unsigned int command, unsigned long 
 		break;
 	case DMA_ENGINE_UNBIND:
 		opener_unbind(opener);
+		break;
+	case DMA_ENGINE_PASID:
+		result = opener_pasid(opener, (__u32 __user *)argument);
 		break;
 	default:
 		result = -ENOTTY;

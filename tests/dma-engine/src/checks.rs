@@ -2,18 +2,20 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::{Read, Write};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::fork::fork;
 use crate::memory::Memory;
 use crate::registers::{Channel, How, Operation, Reason, Registers, Status, checksum, identify};
-use crate::sva::Bound;
+use crate::sva::{self, Bound};
 use crate::sysfs::Function;
 use crate::vfio::{Cdev, Event, Group};
 
-const PLAIN: How = How {
+pub(crate) const PLAIN: How = How {
     pasid: None,
     privileged: false,
     execute: false,
@@ -26,7 +28,7 @@ const PLAIN: How = How {
 const IOVA: u64 = 0x5_0000_0000;
 const PAGE: u64 = 4096;
 
-fn holds(what: &str) {
+pub(crate) fn holds(what: &str) {
     println!("ok: {what}");
 }
 
@@ -389,7 +391,7 @@ pub fn sva(address: &str, processes: u64) -> Result<()> {
 }
 
 /// Where every process has its buffers.
-const SHARED_PLACE: usize = 0x6000_0000_0000;
+pub(crate) const SHARED_PLACE: usize = 0x6000_0000_0000;
 
 /// One process of [`sva`].
 ///
@@ -474,7 +476,6 @@ pub fn unmap(address: &str) -> Result<()> {
 /// # Errors
 /// What does not hold.
 pub fn reuse(address: &str) -> Result<()> {
-    let mut seen = Vec::new();
     for round in 0..256u64 {
         let bound = Bound::new(address)?;
         let page = bound.channel(round % 64)?;
@@ -487,24 +488,53 @@ pub fn reuse(address: &str) -> Result<()> {
         if sum.result != right {
             bail!("PASID {} sees old memory in round {round}", bound.pasid());
         }
-        seen.push(bound.pasid());
     }
+    holds("a process that is bound 256 times never sees its old memory");
+
+    // One process after the other, each with its own memory at the same place. (The first has a
+    // PASID that this process had no longer than its last binding, or another.)
+    let mut seen = Vec::new();
+    for round in 0..32u8 {
+        let (mut told, mut tell) = std::io::pipe()?;
+        let child = fork(|| {
+            let bound = Bound::new(address)?;
+            let page = bound.channel(0)?;
+            let memory = Memory::new(PAGE as usize, Some(SHARED_PLACE))?;
+            memory.fill_with(|_| !round);
+            let how = How::sva(bound.pasid());
+            let sum = Channel::alone(&page).checksum(how, memory.address(), PAGE)?;
+            let right = checksum(std::iter::repeat_n(!round, PAGE as usize));
+            ensure!(
+                sum.expect_done("a sum")?.result == right,
+                "PASID {} sees the memory of a process that ended",
+                bound.pasid()
+            );
+            tell.write_all(&bound.pasid().to_le_bytes())?;
+            Ok(())
+        })?;
+        child.wait()?;
+        let mut pasid = [0; 4];
+        told.read_exact(&mut pasid)?;
+        seen.push(u32::from_le_bytes(pasid));
+    }
+    let processes = seen.len();
     seen.sort_unstable();
     seen.dedup();
+    ensure!(seen.len() < processes, "no PASID was used again: {seen:?}");
     holds(&format!(
-        "256 rounds with {} PASIDs never see old memory",
+        "{processes} processes with {} PASIDs, one after the other, never see old memory",
         seen.len()
     ));
     Ok(())
 }
 
-/// Binds this process and stays until it is killed.
+/// Takes a PASID for this process and stays until it is killed.
 ///
 /// # Errors
-/// It cannot be bound.
+/// There is none.
 pub fn hold(address: &str) -> Result<()> {
-    let bound = Bound::new(address)?;
-    holds(&format!("this process has PASID {}", bound.pasid()));
+    let pasid = sva::take_pasid(address)?;
+    holds(&format!("this process has PASID {pasid}"));
     loop {
         std::thread::park();
     }

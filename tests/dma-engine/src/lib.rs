@@ -7,9 +7,11 @@
 //! [`map_benchmark`] has the kernel measure itself. [`checks`] are the tests that `dma-engine CHECK ADDRESS` runs in a guest.
 
 pub mod checks;
+mod fork;
 mod ioctl;
 pub mod map_benchmark;
 pub mod memory;
+pub mod process_checks;
 pub mod registers;
 pub mod sva;
 pub mod sysfs;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use dma_engine::{checks, map_benchmark};
+use dma_engine::{checks, map_benchmark, process_checks};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -41,12 +41,16 @@ fn run(words: &[&str]) -> Result<()> {
             let pause = pause.parse().context("PAUSE is in nanoseconds")?;
             map_benchmark::run(address, seconds, pause)
         }
+        ["heap", address] => process_checks::heap(address),
+        ["fork", address] => process_checks::forked(address),
+        ["apart", address] => process_checks::apart(address),
+        ["counts", address] => process_checks::counts(address),
         ["unmap", address] => checks::unmap(address),
         ["reuse", address] => checks::reuse(address),
         ["hold", address] => checks::hold(address),
         _ => bail!(
-            "usage: dma-engine blocked|vfio|together|cdev|pasid|sva|unmap|reuse|hold ADDRESS \
-             [ADDRESS|PROCESSES]"
+            "usage: dma-engine blocked|vfio|together|cdev|pasid|sva|heap|fork|unmap|reuse|apart|\
+             counts|hold ADDRESS [ADDRESS|PROCESSES]"
         ),
     }
 }

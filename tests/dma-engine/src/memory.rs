@@ -9,11 +9,13 @@ use anyhow::{Context, Result, ensure};
 
 use crate::registers::Registers;
 
-/// A mapping of this process. Only touched with volatile accesses: a device may do so too.
+/// A piece of this process's memory. Only touched with volatile accesses: a device may do so too.
 #[derive(Debug)]
 pub struct Memory {
     start: NonNull<u8>,
     length: usize,
+    /// `malloc` gave it.
+    heap: bool,
 }
 
 // SAFETY: the mapping belongs to this value and is accessed in single volatile bytes and words.
@@ -31,6 +33,20 @@ impl Memory {
         let fixed = place.map_or(0, |_| libc::MAP_FIXED_NOREPLACE);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed;
         Self::map(length, place.unwrap_or(0), flags, -1, 0).context("cannot map memory")
+    }
+
+    /// `length` bytes that `malloc` gives.
+    ///
+    /// # Errors
+    /// It gives none.
+    pub fn heap(length: usize) -> Result<Self> {
+        // SAFETY: the call takes a number.
+        let start = NonNull::new(unsafe { libc::malloc(length) }.cast());
+        Ok(Self {
+            start: start.context("malloc gives nothing")?,
+            length,
+            heap: true,
+        })
     }
 
     /// `length` bytes of `file` from `offset` on, shared.
@@ -60,7 +76,11 @@ impl Memory {
             return Err(io::Error::last_os_error());
         }
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(Self { start, length })
+        Ok(Self {
+            start,
+            length,
+            heap: false,
+        })
     }
 
     /// Where it is: the address that a device which shares the address space uses.
@@ -127,8 +147,13 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        let start = self.start.as_ptr().cast();
+        if self.heap {
+            // SAFETY: `malloc` gave it to this value, and nothing points into it any more.
+            return unsafe { libc::free(start) };
+        }
         // SAFETY: the mapping is this value's own, and nothing points into it any more.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+        unsafe { libc::munmap(start, self.length) };
     }
 }
 

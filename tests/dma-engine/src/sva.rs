@@ -11,6 +11,33 @@ use crate::registers::{CHANNEL_SIZE, CHANNELS_AT};
 /// `_IOR('N', 1, __u32)` and `_IO('N', 2)`.
 const BIND: u64 = 0x8004_4e01;
 const UNBIND: u64 = 0x4e02;
+/// `_IOR('N', 3, __u32)`.
+const PASID: u64 = 0x8004_4e03;
+
+fn node(address: &str) -> Result<File> {
+    let path = format!("/dev/dma-engine-{address}");
+    let node = OpenOptions::new().read(true).write(true).open(&path);
+    node.with_context(|| format!("cannot open {path}; load dma_engine.ko"))
+}
+
+/// Gives this process a PASID until it ends, without any device that uses it.
+///
+/// # Errors
+/// What the kernel said: no module, a kernel that has no allocator for it, no PASID.
+pub fn take_pasid(address: &str) -> Result<u32> {
+    let mut pasid = 0u32;
+    // SAFETY: the command writes one u32 there.
+    unsafe { ioctl("DMA_ENGINE_PASID", &node(address)?, PASID, &mut pasid) }?;
+    Ok(pasid)
+}
+
+/// The device's own registers, without binding anything.
+///
+/// # Errors
+/// What the kernel said: no module.
+pub fn registers(address: &str) -> Result<Memory> {
+    Memory::of_file(&node(address)?, 0, CHANNEL_SIZE as usize)
+}
 
 /// The device, with this process's address space bound to it.
 #[derive(Debug)]
@@ -25,9 +52,7 @@ impl Bound {
     /// # Errors
     /// What the kernel said: no module, no SVA.
     pub fn new(address: &str) -> Result<Self> {
-        let path = format!("/dev/dma-engine-{address}");
-        let node = OpenOptions::new().read(true).write(true).open(&path);
-        let node = node.with_context(|| format!("cannot open {path}; load dma_engine.ko"))?;
+        let node = node(address)?;
         let mut pasid = 0u32;
         // SAFETY: the command writes one u32 there.
         unsafe { ioctl("DMA_ENGINE_BIND", &node, BIND, &mut pasid) }?;

@@ -1,14 +1,16 @@
 //! The DMA test engine in a guest, behind a VT-d unit: driven from user space through VFIO, and
 //! by processes that are bound to it (SVA), on stock kernels.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::harness::{Guest, Lab, Machine, Test};
+use crate::harness::{Guest, Lab, Machine, Test, show};
 use crate::vtd::disk_keeps;
 
 /// The tests.
@@ -18,16 +20,12 @@ pub const TESTS: &[Test] = &[
     test("stock_7_2_drives_it_through_vfio", |lab| vfio(lab, "7.2")),
     Test::new("pasids_of_iommufd_are_address_spaces_side_by_side", pasid),
     test(
-        "processes_of_6_12_share_it_each_with_its_own_memory",
-        |lab| sva(lab, "6.12", 16),
-    ),
-    test(
         "processes_of_7_2_share_it_each_with_its_own_memory",
         |lab| sva(lab, "7.2", 16),
     ),
     test(
-        "processes_of_6_1_share_it_each_with_its_own_memory",
-        |lab| sva(lab, "6.1", 4),
+        "sixty_four_processes_of_7_2_share_it_each_with_its_own_memory",
+        |lab| sva(lab, "7.2", 64),
     ),
     test(
         "pasids_of_6_1_come_from_the_host_and_go_back",
@@ -110,6 +108,8 @@ fn faults_are(guest: &mut Machine, expected: &[(&str, &str, u64, u8)]) -> Result
 const NO_PASID: &str = "NO_PASID";
 /// Where `dma-engine` maps its buffers.
 const IOVA: u64 = 0x5_0000_0000;
+/// Where it has the memory of processes.
+const PROCESS_PLACE: u64 = 0x6000_0000_0000;
 
 /// What the only unit's state says of something.
 fn number(guest: &Machine, key: &str) -> Result<u64> {
@@ -178,20 +178,34 @@ fn pasid(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn sva(lab: &Lab, kernel: &str, processes: u32) -> Result<()> {
+fn sva(lab: &Lab, kernel: &str, processes: u64) -> Result<()> {
     let mut guest = guest(kernel).boot(lab)?;
     guest.run("insmod /lib/modules/dma_engine.ko")?;
-    check(&mut guest, &format!("sva {processes}"))?;
-    let (asked, refused) = (
+    show(check(&mut guest, &format!("sva {processes}"))?);
+    // Both sides count the same page requests. Each process ends with one of its own that its
+    // unbound PASID answers before the unit hears of it.
+    let device = check(&mut guest, "counts")?;
+    show(&device);
+    let (asked, answered) = (count(&device, "asked")?, count(&device, "answered")?);
+    let (queued, refused) = (
         number(&guest, "page_requests")?,
         number(&guest, "page_requests_refused")?,
     );
     ensure!(
-        asked > 0 && refused == 0,
-        "{asked} page requests, {refused} refused"
+        queued > 0 && refused == 0 && asked == answered && asked == queued + processes,
+        "the device asked {asked} times and had {answered} answers; the unit queued {queued} \
+         requests and refused {refused}"
     );
-    check(&mut guest, "unmap")?;
-    check(&mut guest, "reuse")?;
+    for what in ["heap", "fork", "unmap", "reuse"] {
+        show(check(&mut guest, what)?);
+    }
+    let privileged = number(&guest, "privileged_page_requests")?;
+    show(check(&mut guest, "apart")?);
+    ensure!(
+        number(&guest, "privileged_page_requests")? == privileged + 1,
+        "a privileged page request is not counted"
+    );
+    faults_are(&mut guest, &[("DMA Read", NO_PASID, PROCESS_PLACE, 0x71)])?;
     ensure!(
         waiting(&guest.viommus()?) == 0,
         "page requests are left without an answer"
@@ -199,6 +213,16 @@ fn sva(lab: &Lab, kernel: &str, processes: u32) -> Result<()> {
     guest.run("rmmod dma_engine")?;
     guest.power_off()?;
     Ok(())
+}
+
+/// A count that `dma-engine counts` prints.
+fn count(text: &str, key: &str) -> Result<u64> {
+    let mut words = text
+        .split_whitespace()
+        .filter_map(|word| word.split_once('='));
+    let found = words.find(|(name, _)| *name == key);
+    let (_, value) = found.with_context(|| format!("no {key} in {text:?}"))?;
+    Ok(value.parse()?)
 }
 
 /// Groups of all endpoints that are owed an answer.
@@ -210,62 +234,157 @@ fn waiting(units: &Value) -> u64 {
         .sum()
 }
 
+/// How many PASIDs each VM of [`virtual_commands`] may own.
+const QUOTA: u64 = 8;
+
+/// Ends the processes of [`hold`].
+const FREE: &str = "killall dma-engine; sleep 2";
+
+/// What `nestling pasids` says of one VM.
+struct Holder {
+    in_use: u64,
+    ranges: Vec<(u64, u64)>,
+}
+
+fn holder(lab: &Lab, folder: &Path, name: &str) -> Result<Option<Holder>> {
+    let mut command = Command::new(lab.nestling());
+    let output = command
+        .args(["pasids", "--json", "--directory"])
+        .arg(folder)
+        .output()?;
+    let all: Value = serde_json::from_slice(&output.stdout)?;
+    let mut all = all.as_array().into_iter().flatten();
+    let Some(found) = all.find(|holder| holder["owner"]["name"] == name) else {
+        return Ok(None);
+    };
+    let number = |value: &Value| value.as_u64().context("a number");
+    let ranges = found["ranges"].as_array().into_iter().flatten();
+    let range = |range: &Value| Ok((number(&range[0])?, number(&range[1])?));
+    Ok(Some(Holder {
+        in_use: number(&found["in_use"])?,
+        ranges: ranges.map(range).collect::<Result<_>>()?,
+    }))
+}
+
+/// Binds `count` processes that stay, and gives their PASIDs.
+fn hold(guest: &mut Machine, count: u64) -> Result<BTreeSet<u64>> {
+    let at = address(guest)?;
+    guest.run(&format!(
+        "rm -f /tmp/held.*; for n in $(seq {count}); do \
+         dma-engine hold {at} >/tmp/held.$n 2>&1 </dev/null & done"
+    ))?;
+    let said = guest.run(&format!(
+        "for n in $(seq 100); do \
+         [ $(cat /tmp/held.* | wc -l) -ge {count} ] && break; sleep 0.2; done; cat /tmp/held.*"
+    ))?;
+    let pasids = said.lines().filter_map(|line| {
+        let (_, number) = line.split_once("has PASID ")?;
+        number.trim().parse().ok()
+    });
+    let pasids: BTreeSet<u64> = pasids.collect();
+    ensure!(
+        pasids.len() as u64 == count,
+        "{count} processes said:\n{said}"
+    );
+    Ok(pasids)
+}
+
 fn virtual_commands(lab: &Lab) -> Result<()> {
     let folder = lab.file("pasids");
     fs::create_dir_all(&folder)?;
-    let boot = |name: &str| {
+    let with = |name: &str, folder: &Path| {
         let platform = format!(
-            "name={name},pasid_directory={},pasid_quota=70",
+            "name={name},pasid_directory={},pasid_quota={QUOTA}",
             folder.display()
         );
         let guest = guest("6.1").option("--viommu", "type=vtd,vcmd=on");
-        guest.option("--platform", &platform).boot(lab)
+        guest.option("--platform", &platform)
     };
-    let holders = || -> Result<Value> {
-        let mut command = Command::new(lab.nestling());
-        let output = command
-            .args(["pasids", "--json", "--directory"])
-            .arg(&folder)
-            .output()?;
-        Ok(serde_json::from_slice(&output.stdout)?)
+    // Nothing is half there: what cannot be had is refused before the guest runs.
+    let refused = with("nobody", Path::new("/sys")).start(lab)?;
+    let refused = refused.wait(SLOW)?;
+    ensure!(
+        refused.status != 0 && refused.said.contains("/sys"),
+        "a directory that cannot be written: status {}, {}",
+        refused.status,
+        refused.said
+    );
+    show(refused.said);
+
+    let (mut one, mut two) = (
+        with("one", &folder).boot(lab)?,
+        with("two", &folder).boot(lab)?,
+    );
+    let owner = |name: &str| -> Result<Holder> {
+        let found = holder(lab, &folder, name)?;
+        found.with_context(|| format!("{name} owns no PASID of the host"))
     };
-    let in_use = |name: &str| -> Result<u64> {
-        let all = holders()?;
-        let mut all = all.as_array().into_iter().flatten();
-        let Some(holder) = all.find(|holder| holder["owner"]["name"] == name) else {
-            bail!("{name} owns no PASID of the host");
-        };
-        Ok(holder["in_use"].as_u64().unwrap_or(0))
-    };
-    let (mut one, mut two) = (boot("one")?, boot("two")?);
     for (name, guest) in [("one", &mut one), ("two", &mut two)] {
         guest.run("insmod /lib/modules/dma_engine.ko")?;
-        check(guest, "sva 2")?;
+        hold(guest, 2)?;
+        guest.run(FREE)?;
+        let in_use = owner(name)?.in_use;
         ensure!(
-            in_use(name)? == 0,
-            "PASIDs of processes that ended are still in use"
+            in_use == 0,
+            "{in_use} PASIDs of processes that ended are in use"
         );
     }
-    // Processes that stay: their PASIDs are the host's.
+    // Processes that stay: their PASIDs are the host's, and no other VM's.
+    let mut held = Vec::new();
     for (name, guest) in [("one", &mut one), ("two", &mut two)] {
-        let at = address(guest)?;
-        for _ in 0..3 {
-            guest.run(&format!(
-                "dma-engine hold {at} >/dev/null 2>&1 </dev/null &"
-            ))?;
-        }
-        guest.run("sleep 3")?;
+        let pasids = hold(guest, 3)?;
+        let owner = owner(name)?;
         ensure!(
-            in_use(name)? == 3,
+            owner.in_use == 3,
             "{name} has {} PASIDs in use, not 3",
-            in_use(name)?
+            owner.in_use
         );
+        let owns = |pasid: &u64| owner.ranges.iter().any(|(a, b)| (a..=b).contains(&pasid));
+        ensure!(
+            pasids.iter().all(owns),
+            "{name} has {pasids:?}, and owns {:?}",
+            owner.ranges
+        );
+        show(format!("{name}: {pasids:?} of {:?}", owner.ranges));
+        held.push(pasids);
     }
+    ensure!(
+        held[0].is_disjoint(&held[1]),
+        "two VMs share a PASID: {held:?}"
+    );
+
+    // The quota: the guest's kernel gets an error, and what it has still works.
+    two.run(FREE)?;
+    hold(&mut two, QUOTA)?;
+    let at = address(&mut two)?;
+    let over = two.try_run(SLOW, &format!("dma-engine hold {at}"))?;
+    ensure!(
+        over.status != 0 && over.stderr.contains("DMA_ENGINE_PASID"),
+        "a process beyond the quota: {over:?}"
+    );
+    show(over.stderr);
+    ensure!(owner("two")?.in_use == QUOTA, "the quota is not in use");
+    two.run(FREE)?;
+    let freed = owner("two")?.in_use;
+    ensure!(
+        freed == 0,
+        "{freed} PASIDs of processes that ended are in use"
+    );
+    hold(&mut two, 3)?;
+
     // A VM that is killed leaves nothing.
     one.signal(libc::SIGKILL)?;
     drop(one);
-    ensure!(in_use("one").is_err(), "a killed VM still owns PASIDs");
-    ensure!(in_use("two")? == 3, "and it took another's with it");
+    ensure!(
+        holder(lab, &folder, "one")?.is_none(),
+        "a killed VM still owns PASIDs"
+    );
+    ensure!(owner("two")?.in_use == 3, "and it took another's with it");
+    two.run(FREE)?;
     two.power_off()?;
+    ensure!(
+        holder(lab, &folder, "two")?.is_none(),
+        "a VM that ended still owns PASIDs"
+    );
     Ok(())
 }

@@ -492,6 +492,12 @@ pub trait Backend: Send + Sync {
     /// of the rest as having stale translations (and apply Blocked).
     fn invalidate(&self, batch: &[Invalidation]) -> usize;
 
+    /// Returns when every page request that a device had sent before the call is with its front
+    /// end. Those of a back end that hands them on as they come are; one that keeps them in a
+    /// queue calls [`EventSink::page_request`] meanwhile, on this thread or another. The caller
+    /// holds no lock that its sink takes.
+    fn drain_page_requests(&self) {}
+
     /// Answers a page request group. Unknown groups are ignored (the endpoint may be gone).
     fn respond(&self, response: PageResponse);
 

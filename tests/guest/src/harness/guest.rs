@@ -20,6 +20,8 @@ const HANG_LIMIT: Duration = Duration::from_secs(40);
 const RUN_LIMIT: Duration = Duration::from_secs(60);
 /// How long nestling may take to print its state.
 const STATE_LIMIT: Duration = Duration::from_secs(10);
+/// How long nestling may take to say why it ends, when its guest's channel does.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How long nestling may take to end once its guest has asked for it.
 const END_LIMIT: Duration = Duration::from_secs(60);
 
@@ -417,7 +419,14 @@ impl Machine {
         let client = self.client.as_mut().context("the guest has no agent")?;
         match client.run(command, limit) {
             Ok(output) => Ok(output),
-            Err(error) => Err(anyhow!(error).context(self.last_words())),
+            Err(error) => {
+                // If it is ending, it has something to say yet.
+                let deadline = Instant::now() + LAST_WORDS;
+                while self.child.try_wait()?.is_none() && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(anyhow!(error).context(self.last_words()))
+            }
         }
     }
 

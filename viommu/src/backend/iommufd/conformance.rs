@@ -87,6 +87,9 @@ impl Backend for Host {
     fn invalidate(&self, batch: &[Invalidation]) -> usize {
         self.bench.host.invalidate(batch)
     }
+    fn drain_page_requests(&self) {
+        self.bench.host.drain_page_requests();
+    }
     fn respond(&self, response: PageResponse) {
         self.bench.host.respond(response);
     }

@@ -32,6 +32,9 @@ const BUFFER: usize = RECORD * 1024;
 pub(super) struct Faults {
     queue: Arc<FaultQueue>,
     pending: Mutex<Pending>,
+    /// Held from reading until what was read is delivered, so that who gets it next knows that
+    /// the sinks have everything before. Before `pending` in the order of locks.
+    reading: Mutex<Vec<u8>>,
 }
 
 #[derive(Default)]
@@ -104,6 +107,7 @@ impl Faults {
         Self {
             queue,
             pending: Mutex::default(),
+            reading: Mutex::new(vec![0; BUFFER]),
         }
     }
 
@@ -168,13 +172,17 @@ impl Faults {
         }
     }
 
-    /// Delivers what is in the queue. Returns when it is empty.
-    fn drain(&self, buffer: &mut [u8]) -> io::Result<()> {
+    /// Delivers what is in the queue. Returns when it is empty and all of it is with its sinks.
+    ///
+    /// # Errors
+    /// The queue cannot be read.
+    pub(super) fn drain(&self) -> io::Result<()> {
+        let mut buffer = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let mut deliver = Vec::new();
         loop {
             {
                 let mut pending = self.pending();
-                let length = match self.queue.file().read(buffer) {
+                let length = match self.queue.file().read(&mut buffer) {
                     // The kernel's queue never blocks: it says 0.
                     Ok(0) => return Ok(()),
                     Ok(length) => length,
@@ -240,7 +248,6 @@ impl Reader {
         let thread = std::thread::Builder::new()
             .name("page-requests".into())
             .spawn(move || {
-                let mut buffer = vec![0; BUFFER];
                 let mut events = [EpollEvent::default(); 2];
                 loop {
                     let ready = match epoll.wait(-1, &mut events) {
@@ -251,7 +258,7 @@ impl Reader {
                     if events[..ready].iter().any(|event| event.data() == stop_fd) {
                         return;
                     }
-                    if let Err(error) = faults.drain(&mut buffer) {
+                    if let Err(error) = faults.drain() {
                         return log::error!("page requests end: {error}");
                     }
                 }

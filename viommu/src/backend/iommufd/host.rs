@@ -590,6 +590,15 @@ impl Backend for HostIommu {
         took_effect
     }
 
+    fn drain_page_requests(&self) {
+        if let Some(faults) = self.faults()
+            && let Err(error) = faults.drain()
+        {
+            // Its thread has said so and ended.
+            log::debug!("page requests cannot be read: {error}");
+        }
+    }
+
     fn respond(&self, response: PageResponse) {
         if let Some(faults) = self.faults() {
             faults.respond(response);

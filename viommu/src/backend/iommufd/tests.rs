@@ -64,6 +64,10 @@ impl EventSink for Sink {
 }
 
 impl Sink {
+    fn count(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+
     /// Waits for `count` requests and takes them.
     fn take(&self, count: usize) -> Vec<PageRequest> {
         let end = Instant::now() + Duration::from_secs(10);
@@ -939,6 +943,23 @@ fn a_page_request_group_is_answered_exactly_once() {
     bench.host.respond(response);
     assert_eq!(bench.fake.responses(), [(cookie, 0)]);
     assert_eq!(bench.host.objects().page_requests, 0);
+}
+
+#[test]
+fn after_a_drain_the_front_end_has_every_request_that_was_sent() {
+    let bench = Bench::new();
+    for number in 1..=100 {
+        bench.host.apply(pasid(A, number), stage1(0x1000)).unwrap();
+        bench
+            .fake
+            .page_request(A.0.into(), Some(Pasid(number)), 1, 0);
+        bench.host.drain_page_requests();
+        assert_eq!(
+            bench.sink.count(),
+            number as usize,
+            "one is still on its way"
+        );
+    }
 }
 
 #[test]

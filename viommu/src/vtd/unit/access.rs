@@ -271,6 +271,7 @@ impl Unit {
             registers,
             queue,
             targets,
+            backends,
             ..
         } = commands;
         // Only this sets it, with `commands` held; who clears it runs the queue after that.
@@ -284,7 +285,12 @@ impl Unit {
             remapper: self.remapper.as_deref(),
             owed: &|target, group| lock(&self.pages).queue.book.respond(target, group),
             // A request is put into the queue under this lock, whole.
-            drain_page_requests: &|| drop(lock(&self.pages)),
+            drain_page_requests: &|| {
+                backends
+                    .iter()
+                    .for_each(|backend| backend.drain_page_requests());
+                drop(lock(&self.pages));
+            },
         };
         let stopped = queue.run(registers, targets, &around, &mut messages);
         self.head.store(registers.head, Ordering::Release);
