@@ -296,6 +296,23 @@ fn a_hot_plugged_endpoint_gets_what_the_tables_say_already() {
 }
 
 #[test]
+fn a_back_end_that_came_late_goes_with_its_last_endpoint() {
+    let guest = Guest::scalable();
+    let late = Recorder::new(CAPABLE);
+    let before = Arc::strong_count(&late);
+    let rid = Rid::new(0, 9, 0);
+    for _ in 0..2 {
+        guest
+            .unit
+            .add_endpoint(rid, Arc::clone(&late) as _)
+            .unwrap();
+        assert!(Arc::strong_count(&late) > before);
+        guest.unit.remove_endpoint(rid);
+        assert_eq!(Arc::strong_count(&late), before);
+    }
+}
+
+#[test]
 fn capabilities_freeze_at_the_first_access_of_the_guest() {
     let guest = Guest::new(UnitConfig::default());
     let narrow = Recorder::new(crate::backend::Capabilities {

@@ -209,7 +209,9 @@ impl Unit {
             .claim(rid, Arc::new(Events(self.this.clone())))
             .map_err(|source| AddError::Claim { rid, source })?;
         commands.offer = composed;
-        if !known {
+        // What is offered is composed of them until the guest can see it; a back end that comes
+        // later is kept by its endpoints alone, and goes with the last one.
+        if !known && self.frozen.get().is_none() {
             commands.backends.push(Arc::clone(&backend));
         }
         lock(&self.pages).backends.insert(rid, Arc::clone(&backend));
