@@ -39,8 +39,10 @@ fn run(lab: &Lab, program: &str) -> Result<()> {
     let skipped = said.lines().find(|line| line.contains("skipped:"));
     ensure!(skipped.is_none(), "{program}: {skipped:?}");
     show(result[0]);
-    for measured in said.lines().filter(|line| line.starts_with("measured")) {
-        show(measured);
+    for line in said.lines() {
+        if let Some(at) = line.find("measured, ") {
+            show(&line[at..]);
+        }
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::harness::bound::Bound;
-use crate::harness::{Guest, Lab, Machine, Test};
+use crate::harness::{Guest, Lab, Machine, Test, show};
 use crate::net::exchange;
 
 /// The tests.
@@ -54,6 +54,14 @@ pub const TESTS: &[Test] = &[
     )
     .profile("vtd")
     .limit(400)
+    .on_request(),
+    Test::new(
+        "a_drive_with_its_driver_comes_back_from_a_reboot_behind_a_virtio_iommu",
+        reboots_with_its_driver,
+    )
+    .profile("vtd")
+    .limit(400)
+    .faults()
     .on_request(),
     Test::new(
         "an_nvme_drive_works_in_a_virtio_iommus_bypass_domain",
@@ -153,7 +161,7 @@ fn behind(lab: &Lab, unit: &str, cmdline: &str, group: &str, translation: &str) 
 fn behind_virtio(lab: &Lab, cmdline: &str, wanted: &str) -> Result<()> {
     let drive = Bound::new(NVME)?;
     let mut guest = Guest::lab_kernel()
-        .cmdline(&format!("{cmdline} {SHORT_WAIT}"))
+        .cmdline(cmdline)
         .option("--viommu", "type=virtio,id=paravirtual")
         .option("--device", &drive.option(",viommu=paravirtual"))
         .boot(lab)?;
@@ -163,9 +171,11 @@ fn behind_virtio(lab: &Lab, cmdline: &str, wanted: &str) -> Result<()> {
     rebind(&mut guest)?;
     drive_keeps(&mut guest)?;
     in_a_domain(&guest.viommus()?, wanted == "identity")?;
-    // Its driver bound, and at once with reads in flight.
+    // Without its driver, since the unit may go first: see `reboots_with_its_driver`.
+    unbind(&mut guest)?;
     guest.restart_by("reboot -f")?;
     drive_keeps(&mut guest)?;
+    // At once, with reads in flight.
     busy(&mut guest)?;
     guest.restart_by(RESET)?;
     drive_keeps(&mut guest)?;
@@ -173,15 +183,37 @@ fn behind_virtio(lab: &Lab, cmdline: &str, wanted: &str) -> Result<()> {
     in_a_domain(&units, wanted == "identity")?;
     let clean = units[0]["faults"]["reported"] == 0 && units[0]["counters"]["refusals"] == 0;
     ensure!(clean, "the unit has faults or refusals: {units:#}");
+    unbind(&mut guest)?;
     guest.power_off()?;
+    Ok(())
+}
+
+/// Takes the drive's driver away.
+fn unbind(guest: &mut Machine) -> Result<()> {
+    guest.run("cd /sys/bus/pci/drivers/nvme && echo $(ls -d 0000:*) > unbind")?;
     Ok(())
 }
 
 /// Linux from 6.15 on resets virtio devices when it shuts down, a virtio-iommu too, and a reset
 /// blocks what is behind it. Where that comes before the drive's own shutdown (the order is that
-/// of their discovery), its driver waits for answers that cannot arrive: for a minute, unless it
-/// is told to wait less.
-const SHORT_WAIT: &str = "nvme_core.admin_timeout=5";
+/// of their discovery), the drive cannot answer, and its driver waits: for a minute, unless it is
+/// told to wait less. The host sees the drive try.
+fn reboots_with_its_driver(lab: &Lab) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    let mut guest = Guest::lab_kernel()
+        .cmdline("nvme_core.admin_timeout=5")
+        .option("--viommu", "type=virtio")
+        .option("--device", &drive.option(",iommu=on"))
+        .boot(lab)?;
+    drive_keeps(&mut guest)?;
+    let began = Instant::now();
+    guest.restart_by("reboot -f")?;
+    show(format!("back after {} s", began.elapsed().as_secs()));
+    drive_keeps(&mut guest)?;
+    in_a_domain(&guest.viommus()?, false)?;
+    guest.power_off()?;
+    Ok(())
+}
 
 /// The one endpoint is in a domain: a bypass domain, or one with mappings.
 fn in_a_domain(units: &Value, bypass: bool) -> Result<()> {

@@ -4,6 +4,8 @@
 //! plugged later, not the devices that are there. An endpoint's number is its RID, in every
 //! range; it does not depend on what else is in the table.
 
+use std::collections::BTreeSet;
+
 use acpi_tables::viot::{PciDevice, PciRange, VIOT, VirtIoPciIommu};
 use acpi_tables::{Aml, AmlSink};
 
@@ -80,6 +82,27 @@ impl Topology {
         }
         if from <= end {
             ranges.push((Rid(from as u16), Rid(end as u16)));
+        }
+        Self::new(unit, &ranges)
+    }
+
+    /// Everything at the device numbers of `functions`, whichever function of them; neighbours are
+    /// one range.
+    ///
+    /// # Errors
+    /// [`TopologyError`].
+    pub fn devices(
+        unit: Rid,
+        functions: impl IntoIterator<Item = Rid>,
+    ) -> Result<Self, TopologyError> {
+        let numbers: BTreeSet<u16> = functions.into_iter().map(|rid| rid.0 >> 3).collect();
+        let mut ranges: Vec<(Rid, Rid)> = Vec::new();
+        for number in numbers {
+            let (first, last) = (Rid(number << 3), Rid(number << 3 | 7));
+            match ranges.last_mut() {
+                Some((_, end)) if end.0 + 1 == first.0 => *end = last,
+                _ => ranges.push((first, last)),
+            }
         }
         Self::new(unit, &ranges)
     }
@@ -200,6 +223,28 @@ mod tests {
         assert_eq!(all.ranges(), [(Rid(0), Rid(7)), (Rid(9), Rid(0xffff))]);
         let none = Topology::buses(UNIT, 2, 1, &[]).unwrap();
         assert_eq!(none.ranges(), []);
+    }
+
+    #[test]
+    fn devices_are_covered_with_all_their_functions_and_neighbours_are_one_range() {
+        let functions = [
+            Rid::new(0, 5, 0),
+            Rid::new(0, 3, 0),
+            Rid::new(0, 4, 2),
+            Rid::new(0, 31, 0),
+            Rid::new(1, 0, 0),
+            Rid::new(255, 31, 7),
+        ];
+        let topology = Topology::devices(UNIT, functions).unwrap();
+        let ranges = [
+            (Rid::new(0, 3, 0), Rid::new(0, 5, 7)),
+            (Rid::new(0, 31, 0), Rid::new(1, 0, 7)),
+            (Rid::new(255, 31, 0), Rid::new(255, 31, 7)),
+        ];
+        assert_eq!(topology.ranges(), ranges);
+        let error = Topology::devices(UNIT, [UNIT]);
+        assert_eq!(error, Err(TopologyError::Unit(UNIT)));
+        assert_eq!(Topology::devices(UNIT, []).unwrap().ranges(), []);
     }
 
     #[test]

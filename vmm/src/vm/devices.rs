@@ -521,6 +521,11 @@ impl Devices {
 
 impl Drop for Devices {
     fn drop(&mut self) {
+        // They do DMA until they are stopped: what a vIOMMU that has gone no longer translates
+        // would be faults of the host.
+        for passed in self.plugged.iter().filter_map(|p| p.passed.as_ref()) {
+            passed.stop();
+        }
         // The buses hold the root complex and it holds them: take one of the two apart.
         let _ = self.buses.mmio.remove(self.ecam);
         let _ = self.buses.pio.remove(ConfigPorts::BASE);

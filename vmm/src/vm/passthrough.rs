@@ -18,7 +18,7 @@ use devices::passthrough::{
 use devices::pci::root::{RootError, Slot};
 use devices::pci::{PciRoot, Placement};
 use viommu::backend::Backend;
-use viommu::backend::iommufd::{HostIommu, prefault};
+use viommu::backend::iommufd::{AttachDevice, HostIommu, prefault};
 use viommu::reserved::{Kind, Regions};
 use viommu::{GuestRam, Rid};
 use vmm_sys_util::eventfd::EventFd;
@@ -218,7 +218,7 @@ pub(super) struct Passed {
     function: Arc<VfioPci>,
     _known: KnownFile,
     // Dropped last: it takes the device out of the host's IOMMU.
-    _admitted: Admitted,
+    admitted: Admitted,
 }
 
 impl Passthrough {
@@ -330,7 +330,7 @@ impl Passthrough {
             rid,
             function,
             _known: known,
-            _admitted: admitted,
+            admitted,
         })
     }
 
@@ -348,6 +348,11 @@ impl Waiting {
 }
 
 impl Passed {
+    /// Ends its DMA, whatever the guest was doing with it: it is reset when it is closed.
+    pub(super) fn stop(&self) {
+        self.admitted.device().stop();
+    }
+
     /// What is signalled, and what it means.
     pub(super) fn events(&self) -> [(&EventFd, DeviceEvent); 2] {
         [

@@ -446,9 +446,7 @@ impl Viommus {
                     });
                 }
                 FrontEnd::Virtio { rid, .. } => {
-                    let ranges: Vec<(Rid, Rid)> =
-                        endpoints.into_iter().map(|rid| (rid, rid)).collect();
-                    topologies.push(Topology::new(*rid, &ranges)?);
+                    topologies.push(Topology::devices(*rid, endpoints)?);
                 }
             }
         }
