@@ -6,152 +6,18 @@
 //! machine's own speed is in both. *near* is a batch of neighbouring pages (one buffer of a
 //! driver), *far* is each page in a place of its own.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+#[path = "common/mod.rs"]
+mod common;
+
 use std::collections::BTreeMap;
-use std::hint::black_box;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use viommu::backend::{
-    Backend, Capabilities, EventSink, Invalidation, Mapping, Objects, PageResponse, Refused,
-    Translation,
-};
+use viommu::backend::Backend;
 use viommu::reserved::Regions;
-use viommu::spec::virtio_iommu::{ReqAttach, ReqDetach, ReqHead, ReqMap, ReqUnmap, req_type};
 use viommu::virtio::{Chain, Config, Iommu, Reply};
-use viommu::{DomainId, Iova, Rid, Target};
-use zerocopy::IntoBytes;
 
-/// Counts what is allocated.
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: hands every call to the system's allocator as it is; the counters allocate nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        LIVE.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller keeps `alloc`'s contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller keeps `dealloc`'s contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// A back end that does nothing.
-struct Nothing;
-
-impl Backend for Nothing {
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            stage1: false,
-            stage1_57: false,
-            stage1_1g: false,
-            sre: false,
-            eafe: false,
-            stage2: [false; 3],
-            nested: false,
-            pasid_bits: 0,
-            page_requests: false,
-            address_width: 57,
-            page_sizes: 0x4020_1000,
-            snoop_control: false,
-        }
-    }
-    fn claim(&self, _: Rid, _: Arc<dyn EventSink>) -> Result<(), Refused> {
-        Ok(())
-    }
-    fn release(&self, _: Rid) {}
-    fn apply(&self, _: Target, _: Translation) -> Result<(), Refused> {
-        Ok(())
-    }
-    fn translation(&self, _: Target) -> Translation {
-        Translation::Blocked
-    }
-    fn invalidate(&self, batch: &[Invalidation]) -> usize {
-        batch.len()
-    }
-    fn respond(&self, _: PageResponse) {}
-    fn create_domain(&self) -> Result<DomainId, Refused> {
-        Ok(DomainId(1))
-    }
-    fn destroy_domain(&self, _: DomainId) {}
-    fn map(&self, _: DomainId, mappings: &[Mapping]) -> Result<(), Refused> {
-        black_box(mappings);
-        Ok(())
-    }
-    fn unmap(&self, _: DomainId, _: Iova, _: Iova) -> Result<u64, Refused> {
-        Ok(0)
-    }
-    fn objects(&self) -> Objects {
-        Objects::default()
-    }
-}
-
-const ENDPOINT: Rid = Rid::new(0, 1, 0);
-/// Live mappings lie in runs of this many pages, with as long a hole behind each.
-const RUN: u64 = 128;
-
-fn head(r#type: u8) -> ReqHead {
-    ReqHead {
-        r#type,
-        reserved: [0; 3],
-    }
-}
-
-fn map(first: u64, length: u64) -> Vec<u8> {
-    let request = ReqMap {
-        head: head(req_type::MAP),
-        domain: 1.into(),
-        virt_start: first.into(),
-        virt_end: (first + length - 1).into(),
-        phys_start: (1 << 32).into(),
-        flags: 3.into(),
-    };
-    request.as_bytes().to_vec()
-}
-
-fn unmap(first: u64, length: u64) -> Vec<u8> {
-    let request = ReqUnmap {
-        head: head(req_type::UNMAP),
-        domain: 1.into(),
-        virt_start: first.into(),
-        virt_end: (first + length - 1).into(),
-        reserved: [0; 4],
-    };
-    request.as_bytes().to_vec()
-}
-
-fn attach() -> Vec<u8> {
-    let request = ReqAttach {
-        head: head(req_type::ATTACH),
-        domain: 1.into(),
-        endpoint: u32::from(ENDPOINT.0).into(),
-        flags: 0.into(),
-        reserved: [0; 4],
-    };
-    request.as_bytes().to_vec()
-}
-
-fn detach() -> Vec<u8> {
-    let request = ReqDetach {
-        head: head(req_type::DETACH),
-        domain: 1.into(),
-        endpoint: u32::from(ENDPOINT.0).into(),
-        reserved: [0; 8],
-    };
-    request.as_bytes().to_vec()
-}
+use common::{ENDPOINT, Nothing, RUN, Random, attach, detach, map, median, place, unmap};
 
 /// A unit with `live` mappings of `page` bytes.
 fn unit(live: u64, page: u64) -> Iommu {
@@ -170,11 +36,6 @@ fn unit(live: u64, page: u64) -> Iommu {
     serve(&unit, &[attach()], &mut Vec::new());
     fill(&unit, live, page);
     unit
-}
-
-/// Addresses of the live mappings: from 4 GiB, above the interrupt window.
-fn place(n: u64, page: u64) -> u64 {
-    (1 << 32) + (n / RUN * 2 * RUN + n % RUN) * page
 }
 
 fn fill(unit: &Iommu, live: u64, page: u64) {
@@ -216,23 +77,6 @@ impl Floor {
     }
 }
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        (self.0 >> 33) % limit.max(1)
-    }
-}
-
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort_unstable();
-    times[times.len() / 2].as_nanos() as f64
-}
-
 /// One line: `batch` MAPs and then their UNMAPs, over and over in different places.
 fn line(live: u64, page: u64, batch: u64, near: bool) {
     let unit = unit(live, page);
@@ -265,14 +109,14 @@ fn line(live: u64, page: u64, batch: u64, near: bool) {
         }
         let maps: Vec<_> = places.iter().map(|&p| map(p, page)).collect();
         let unmaps: Vec<_> = places.iter().map(|&p| unmap(p, page)).collect();
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        let before = common::allocations();
         let t0 = Instant::now();
         serve(&unit, &maps, &mut replies);
         let t1 = Instant::now();
         serve(&unit, &unmaps, &mut replies);
         let t2 = Instant::now();
         if round > rounds / 2 {
-            allocations += ALLOCATIONS.load(Ordering::Relaxed) - before;
+            allocations += common::allocations() - before;
         }
         for &p in &places {
             floor.map(p, page);
@@ -282,19 +126,21 @@ fn line(live: u64, page: u64, batch: u64, near: bool) {
             floor.unmap(p);
         }
         let t4 = Instant::now();
-        let count = places.len() as u32;
-        for (times, time) in times.iter_mut().zip([t1 - t0, t2 - t1, t3 - t2, t4 - t3]) {
-            times.push(time / count);
+        let took = [t1 - t0, t2 - t1, t3 - t2, t4 - t3];
+        for (times, time) in times.iter_mut().zip(took) {
+            times.push(time);
         }
     }
-    let [map, unmap, floor_map, floor_unmap] = times.map(median);
+    let clock = common::clock() / 2;
+    let [map, unmap, floor_map, floor_unmap] =
+        times.map(|times| common::each(median(times).saturating_sub(clock), batch));
     println!(
-        "{:>8} live {:>4} KiB  batch {batch:>3} {:<4}  map {map:>5.0} ns ({:.2} of floor)  unmap {unmap:>5.0} ns ({:.2} of floor)  {:.3} allocations per request",
+        "{:>8} live {:>4} KiB  batch {batch:>3} {:<4}  map {map:>6.1} ns ({:.2} of floor)  unmap {unmap:>6.1} ns ({:.2} of floor)  {:.3} allocations per request",
         live,
         page >> 10,
         if near { "near" } else { "far" },
-        map / floor_map.max(1.0),
-        unmap / floor_unmap.max(1.0),
+        map / floor_map,
+        unmap / floor_unmap,
         allocations as f64 / (rounds / 2 * batch * 2) as f64,
     );
 }
@@ -302,25 +148,25 @@ fn line(live: u64, page: u64, batch: u64, near: bool) {
 /// A full domain: bytes per mapping, and how long it takes to take it down.
 fn teardown(live: u64) {
     for by_detach in [false, true] {
-        let before = LIVE.load(Ordering::Relaxed);
+        let before = common::live_bytes();
         let unit = unit(0, 4096);
-        let empty = LIVE.load(Ordering::Relaxed);
+        let empty = common::live_bytes();
         let mut at = Random(7);
         let mut order: Vec<u64> = (0..live).collect();
         for n in (1..order.len()).rev() {
             order.swap(n, at.below(n as u64 + 1) as usize);
         }
-        let with_order = LIVE.load(Ordering::Relaxed);
+        let with_order = common::live_bytes();
         for chunk in order.chunks(128) {
             let batch: Vec<_> = chunk.iter().map(|&n| map(place(n, 4096), 4096)).collect();
             serve(&unit, &batch, &mut Vec::new());
         }
-        let random = LIVE.load(Ordering::Relaxed) - with_order;
+        let random = common::live_bytes() - with_order;
         serve(&unit, &[unmap(0, 1 << 57)], &mut Vec::new());
         drop(order);
-        let left = LIVE.load(Ordering::Relaxed).saturating_sub(empty);
+        let left = common::live_bytes().saturating_sub(empty);
         fill(&unit, live, 4096);
-        let ordered = LIVE.load(Ordering::Relaxed) - empty;
+        let ordered = common::live_bytes() - empty;
         let request = if by_detach {
             detach()
         } else {
@@ -341,7 +187,7 @@ fn teardown(live: u64) {
             random as f64 / live as f64,
         );
         drop(unit);
-        assert!(LIVE.load(Ordering::Relaxed) <= before, "memory was lost");
+        assert!(common::live_bytes() <= before, "memory was lost");
     }
 }
 

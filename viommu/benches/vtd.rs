@@ -5,20 +5,23 @@
 //! What reading the clock takes is measured in the same run and taken off. Ratios are what to
 //! compare; a figure by itself says as much about the machine.
 
+#[path = "common/mod.rs"]
+mod common;
+
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use viommu::backend::software::{EndpointConfig, Engine};
-use viommu::backend::{
-    Access, Backend, Capabilities, EventSink, Invalidation, Mapping, Objects, PageResponse,
-    Refused, Translation,
-};
+use viommu::backend::{Access, Backend};
+use viommu::dma::DmaPort;
 use viommu::interrupt::{Msi, MsiSink};
 use viommu::spec::vtd::descriptor::{Offered, decode};
 use viommu::spec::vtd::registers as offset;
 use viommu::vtd::{Connections, Unit, UnitConfig};
-use viommu::{DomainId, GuestRam, Iova, Rid, Target};
+use viommu::{GuestRam, Iova, Rid};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use common::Nothing;
 
 const RAM: usize = 64 << 20;
 const ROOT: u64 = 0x1000;
@@ -35,57 +38,13 @@ const STAGE1: u64 = 0x200_0000;
 /// Twice what the software engine's cache holds.
 const PAGES: u64 = 4096;
 const ROUNDS: usize = 15;
+/// How long a figure is measured, when it has had [`ROUNDS`] samples.
+const LONGEST: Duration = Duration::from_secs(1);
 
-/// Does nothing, successfully.
-struct Nothing;
+/// Interrupts that nobody hears.
+struct Deaf;
 
-impl Backend for Nothing {
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            stage1: true,
-            stage1_57: true,
-            stage1_1g: true,
-            sre: false,
-            eafe: false,
-            stage2: [true; 3],
-            nested: true,
-            pasid_bits: 20,
-            page_requests: true,
-            address_width: 57,
-            page_sizes: !0xfff,
-            snoop_control: true,
-        }
-    }
-    fn claim(&self, _: Rid, _: Arc<dyn EventSink>) -> Result<(), Refused> {
-        Ok(())
-    }
-    fn release(&self, _: Rid) {}
-    fn apply(&self, _: Target, _: Translation) -> Result<(), Refused> {
-        Ok(())
-    }
-    fn translation(&self, _: Target) -> Translation {
-        Translation::Blocked
-    }
-    fn invalidate(&self, batch: &[Invalidation]) -> usize {
-        std::hint::black_box(batch).len()
-    }
-    fn respond(&self, _: PageResponse) {}
-    fn create_domain(&self) -> Result<DomainId, Refused> {
-        Ok(DomainId(0))
-    }
-    fn destroy_domain(&self, _: DomainId) {}
-    fn map(&self, _: DomainId, _: &[Mapping]) -> Result<(), Refused> {
-        Ok(())
-    }
-    fn unmap(&self, _: DomainId, _: Iova, _: Iova) -> Result<u64, Refused> {
-        Ok(0)
-    }
-    fn objects(&self) -> Objects {
-        Objects::default()
-    }
-}
-
-impl MsiSink for Nothing {
+impl MsiSink for Deaf {
     fn send(&self, _: Msi) {}
 }
 
@@ -93,6 +52,8 @@ struct Guest {
     unit: Arc<Unit>,
     ram: GuestRam,
     tail: u64,
+    /// Doorbells so far.
+    rung: u32,
     /// Nanoseconds that reading the clock twice takes.
     clock: f64,
 }
@@ -112,7 +73,7 @@ impl Guest {
     fn with_backend(pasids: u64, ram: GuestRam, backend: Arc<dyn Backend>) -> Outcome<Self> {
         let connections = Connections {
             ram: Arc::clone(&ram),
-            msi: Arc::new(Nothing),
+            msi: Arc::new(Deaf),
             backends: vec![],
             remapper: None,
             pasids: None,
@@ -124,6 +85,7 @@ impl Guest {
             unit,
             ram,
             tail: 0,
+            rung: 0,
             clock: median(clock.collect()),
         };
         for level in 0..3 {
@@ -144,12 +106,7 @@ impl Guest {
             DIRECTORY | 7 << 9 | 9,
         )?;
         for pasid in 0..pasids {
-            let table = TABLES + pasid / 64 * 4096;
-            guest.poke(DIRECTORY + pasid / 64 * 8, table | 1)?;
-            let entry = table + pasid % 64 * 64;
-            guest.poke(entry + 8, (pasid & 0xffff) | 1 << 23)?;
-            guest.poke(entry + 16, STAGE1)?;
-            guest.poke(entry, 1 << 6 | 2 << 2 | 1)?;
+            guest.entry(pasid, true)?;
         }
         guest.w64(offset::RTADDR, ROOT | 1 << 10);
         guest.w64(offset::IQA, QUEUE | 1 << 11 | 3);
@@ -191,23 +148,38 @@ impl Guest {
         descriptor: impl Fn(u64) -> (u64, u64),
     ) -> Outcome<f64> {
         let mut times = Vec::new();
-        for round in 0..ROUNDS * 64 {
+        let end = Instant::now() + LONGEST;
+        while times.len() < ROUNDS * 64 && (times.len() < ROUNDS || Instant::now() < end) {
             before();
-            for index in 0..count {
-                let (low, high) = descriptor(index);
-                self.enqueue(low, high)?;
-            }
-            self.enqueue(5 | 1 << 5 | (round as u64) << 32, STATUS)?;
-            let start = Instant::now();
-            self.w32(offset::IQT, self.tail as u32);
-            times.push(start.elapsed().as_nanos() as f64);
-            let status: u32 = self.ram.read_obj(GuestAddress(STATUS))?;
-            assert_eq!(
-                status, round as u32,
-                "the wait is done when the write returns"
-            );
+            times.push(self.once(count, &descriptor)?);
         }
-        Ok(median(times) - self.clock)
+        Ok(median(times))
+    }
+
+    /// Nanoseconds for one doorbell.
+    fn once(&mut self, count: u64, descriptor: impl Fn(u64) -> (u64, u64)) -> Outcome<f64> {
+        for index in 0..count {
+            let (low, high) = descriptor(index);
+            self.enqueue(low, high)?;
+        }
+        self.rung += 1;
+        self.enqueue(5 | 1 << 5 | u64::from(self.rung) << 32, STATUS)?;
+        let start = Instant::now();
+        self.w32(offset::IQT, self.tail as u32);
+        let took = start.elapsed().as_nanos() as f64;
+        let status: u32 = self.ram.read_obj(GuestAddress(STATUS))?;
+        assert_eq!(status, self.rung, "the wait is done when the write returns");
+        Ok(took - self.clock)
+    }
+
+    /// Writes the entry of a PASID, each in its own domain, or takes it away.
+    fn entry(&self, pasid: u64, present: bool) -> Outcome {
+        let table = TABLES + pasid / 64 * 4096;
+        self.poke(DIRECTORY + pasid / 64 * 8, table | 1)?;
+        let entry = table + pasid % 64 * 64;
+        self.poke(entry + 8, (pasid & 0xffff) | 1 << 23)?;
+        self.poke(entry + 16, STAGE1)?;
+        self.poke(entry, if present { 1 << 6 | 2 << 2 | 1 } else { 0 })
     }
 }
 
@@ -216,15 +188,78 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// A lone doorbell for the software engine, after a device filled its cache.
-fn full_cache() -> Outcome {
-    let ram: GuestRam = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)])?);
-    let engine = Engine::new(Arc::clone(&ram));
+/// The software engine, with the NIC.
+fn engine(ram: &GuestRam) -> Outcome<(Engine, DmaPort)> {
+    let engine = Engine::new(Arc::clone(ram));
     let config = EndpointConfig {
         pasid_bits: 20,
         ..EndpointConfig::default()
     };
     let port = engine.add_endpoint(NIC, config)?;
+    Ok((engine, port))
+}
+
+/// What PASIDs cost that are live: one line per back end.
+fn live_pasids(pasids: u64) -> Outcome {
+    for software in [false, true] {
+        let guest = |pasids| -> Outcome<(Guest, Arc<dyn Backend>)> {
+            let ram: GuestRam = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)])?);
+            let backend: Arc<dyn Backend> = match software {
+                true => Arc::new(engine(&ram)?.0),
+                false => Arc::new(Nothing),
+            };
+            let guest = Guest::with_backend(pasids, ram, Arc::clone(&backend))?;
+            Ok((guest, backend))
+        };
+        let held = |pasids| -> Outcome<usize> {
+            let before = common::live_bytes();
+            let held = guest(pasids)?;
+            let bytes = common::live_bytes() - before;
+            drop(held);
+            Ok(bytes)
+        };
+        // PASID 0 is that of requests without PASID.
+        let bytes = (held(pasids + 1)? - held(1)?) as f64 / pasids as f64;
+        let (mut guest, backend) = guest(pasids + 1)?;
+        let one = |pasid: u64| (7 | 1 << 4 | (pasid & 0xffff) << 16 | pasid << 32, 0);
+        let new = pasids + 1;
+        let (mut bind, mut unbind) = (vec![], vec![]);
+        for _ in 0..ROUNDS * 64 {
+            guest.entry(new, true)?;
+            bind.push(guest.once(1, |_| one(new))?);
+            guest.entry(new, false)?;
+            unbind.push(guest.once(1, |_| one(new))?);
+        }
+        let selective = guest.doorbell(1, |_| one(pasids))?;
+        let global = guest.doorbell(1, |_| (7 | 3 << 4, 0))? / pasids as f64;
+        let mut replay = vec![];
+        for _ in 0..ROUNDS {
+            guest.unit.remove_endpoint(NIC);
+            let start = Instant::now();
+            guest.unit.add_endpoint(NIC, Arc::clone(&backend))?;
+            replay.push(start.elapsed().as_nanos() as f64 / pasids as f64);
+        }
+        println!(
+            "{pasids:>6} live PASIDs, {:<15}  bind {:>6.0} ns  unbind {:>6.0} ns  selective \
+             {selective:>5.0} ns  global {global:>7.1} ns/PASID  replay {:>7.1} ns/PASID  \
+             {bytes:>6.0} bytes/PASID",
+            if software {
+                "software engine"
+            } else {
+                "unit alone"
+            },
+            median(bind),
+            median(unbind),
+            median(replay),
+        );
+    }
+    Ok(())
+}
+
+/// A lone doorbell for the software engine, after a device filled its cache.
+fn full_cache() -> Outcome {
+    let ram: GuestRam = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)])?);
+    let (engine, port) = engine(&ram)?;
     let mut guest = Guest::with_backend(1, ram, Arc::new(engine))?;
     let fill = || {
         let access = port.access();
@@ -332,13 +367,7 @@ fn main() -> Outcome {
             "{:>37} {pasids:>12} {one:>14.1} {:>8}",
             "doorbell: one page and wait", ""
         );
-        let scan = guest.doorbell(1, |_| (7 | 3 << 4, 0))?;
-        println!(
-            "{:>37} {pasids:>12} {:>14.1} {:>8}",
-            "global PASID cache, per PASID",
-            scan / pasids as f64,
-            ""
-        );
     }
-    full_cache()
+    full_cache()?;
+    [1, 1 << 10, 1 << 16].into_iter().try_for_each(live_pasids)
 }
