@@ -31,25 +31,25 @@ impl<'r> Flat<'r> {
 
     /// The bytes, if they are in one region.
     #[inline]
-    fn one(&self, address: GuestAddress, count: usize) -> Option<VolatileSlice<'r>> {
-        // A piece is made in one place only, so that it stays in registers.
-        if !self.covers(address, count) {
-            self.find(address);
-            if !self.covers(address, count) {
-                return None;
-            }
+    pub(super) fn one(&self, address: GuestAddress, count: usize) -> Option<VolatileSlice<'r>> {
+        let near = self.near(address, count);
+        if near.is_some() {
+            return near;
         }
+        self.find(address);
+        self.near(address, count)
+    }
+
+    /// As [`one`](Self::one), of the region that was used last.
+    #[inline]
+    fn near(&self, address: GuestAddress, count: usize) -> Option<VolatileSlice<'r>> {
+        // An address before the region's is an offset that no region reaches.
         let offset = address.0.wrapping_sub(self.start.get().0);
         self.region.get()?.subslice(offset as usize, count).ok()
     }
 
-    #[inline]
-    fn covers(&self, address: GuestAddress, count: usize) -> bool {
-        let length = self.region.get().map_or(0, |region| region.len() as u64);
-        let offset = address.0.wrapping_sub(self.start.get().0);
-        offset < length && count as u64 <= length - offset
-    }
-
+    /// Remembers the region of `address`. Returns nothing: a piece that two places make would be
+    /// handed over in memory.
     #[cold]
     fn find(&self, address: GuestAddress) {
         let region = self.ram.find_region(address);

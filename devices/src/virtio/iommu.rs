@@ -21,7 +21,7 @@ use vm_memory::{GuestMemory, Permissions};
 use super::buffers;
 use super::device::{Activation, DeviceType, VirtioDevice, VirtioInterrupt};
 use super::flat::Flat;
-use super::ring::{Broken, Buffer, Chain, RING_FEATURES, Ring};
+use super::ring::{Areas, Broken, Buffer, Chain, RING_FEATURES, Ring};
 
 /// Room for many unsynchronised MAPs of the driver before it has to wait.
 const REQUESTS: u16 = 1024;
@@ -67,6 +67,7 @@ struct Fetched {
 struct Source<'a> {
     ring: &'a mut Ring,
     memory: Flat<'a>,
+    areas: Option<Areas<'a>>,
     chain: &'a mut Chain,
     batch: &'a mut Vec<Fetched>,
     writable: &'a mut Vec<Buffer>,
@@ -217,9 +218,11 @@ impl Requests {
         for _ in 0..MOST_BATCHES {
             self.batch.clear();
             self.writable.clear();
+            let memory = Flat::new(&self.ram);
             let mut source = Source {
+                areas: self.ring.areas(|address, count| memory.one(address, count)),
                 ring: &mut self.ring,
-                memory: Flat::new(&self.ram),
+                memory,
                 chain: &mut self.chain,
                 batch: &mut self.batch,
                 writable: &mut self.writable,
@@ -264,9 +267,11 @@ impl Requests {
 
 impl Source<'_> {
     /// Pops a chain. None left means that the driver will kick.
+    #[inline]
     fn pop(&mut self) -> Result<bool, Broken> {
         while self.batch.len() < BATCH {
-            if self.ring.pop(&self.memory, self.chain)? {
+            let areas = self.areas.as_ref();
+            if self.ring.pop_from(areas, &self.memory, self.chain)? {
                 return Ok(true);
             }
             if !self.batch.is_empty() || !self.ring.enable_kicks(&self.memory)? {

@@ -15,7 +15,8 @@ use virtio_bindings::virtio_ring::{
 };
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 /// The ring features that [`Ring`] implements, for a device to offer.
 pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -105,6 +106,13 @@ pub struct RingConfig {
     pub used: u64,
 }
 
+/// Where the parts of a [`Ring`] are that the driver writes, when each is in one piece of memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Areas<'m> {
+    descriptors: VolatileSlice<'m>,
+    available: VolatileSlice<'m>,
+}
+
 /// One enabled split virtqueue.
 #[derive(Debug)]
 pub struct Ring {
@@ -170,6 +178,34 @@ impl Ring {
     /// # Errors
     /// The driver broke a rule; nothing more can be taken from this ring.
     pub fn pop<M: GuestMemory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, Broken> {
+        self.pop_from(None, memory, chain)
+    }
+
+    /// Where the ring is, for [`pop_from`](Self::pop_from); `piece` finds bytes that are in one
+    /// piece of memory.
+    pub fn areas<'m>(
+        &self,
+        piece: impl Fn(GuestAddress, usize) -> Option<VolatileSlice<'m>>,
+    ) -> Option<Areas<'m>> {
+        let size = usize::from(self.size());
+        Some(Areas {
+            descriptors: piece(GuestAddress(self.queue.desc_table()), 16 * size)?,
+            available: piece(GuestAddress(self.queue.avail_ring()), 4 + 2 * size)?,
+        })
+    }
+
+    /// As [`pop`](Self::pop), without a search for the ring each time: `areas` are those of this
+    /// ring.
+    ///
+    /// # Errors
+    /// As of [`pop`](Self::pop).
+    #[inline]
+    pub fn pop_from<M: GuestMemory>(
+        &mut self,
+        areas: Option<&Areas<'_>>,
+        memory: &M,
+        chain: &mut Chain,
+    ) -> Result<bool, Broken> {
         chain.readable.clear();
         chain.writable.clear();
         let next = self.queue.next_avail();
@@ -187,11 +223,20 @@ impl Ring {
                 return Ok(false);
             }
         }
-        let entry = GuestAddress(self.queue.avail_ring() + 4 + 2 * self.slot(next));
-        let head = memory.load(entry, Ordering::Relaxed);
-        chain.head = head.map(u16::from_le).map_err(|_| Broken::Ring)?;
+        let offset = 4 + 2 * self.slot(next);
+        let known = areas.map(|areas| areas.available.load(offset as usize, Ordering::Relaxed));
+        let head = match known {
+            Some(Ok(head)) => head,
+            _ => memory
+                .load(
+                    GuestAddress(self.queue.avail_ring() + offset),
+                    Ordering::Relaxed,
+                )
+                .map_err(|_| Broken::Ring)?,
+        };
+        chain.head = u16::from_le(head);
         self.queue.set_next_avail(next.wrapping_add(1));
-        self.walk(memory, chain)?;
+        self.walk(areas, memory, chain)?;
         Ok(true)
     }
 
@@ -217,7 +262,14 @@ impl Ring {
         self.queue.go_to_previous_position();
     }
 
-    fn walk<M: GuestMemory>(&self, memory: &M, chain: &mut Chain) -> Result<(), Broken> {
+    #[inline]
+    fn walk<M: GuestMemory>(
+        &self,
+        areas: Option<&Areas<'_>>,
+        memory: &M,
+        chain: &mut Chain,
+    ) -> Result<(), Broken> {
+        let mut near = areas.map(|areas| areas.descriptors);
         let mut table = self.queue.desc_table();
         let mut entries = u32::from(self.queue.size());
         let mut inside_indirect = false;
@@ -235,7 +287,11 @@ impl Ring {
             let at = table
                 .checked_add(16 * u64::from(index))
                 .ok_or(Broken::Descriptor(table))?;
-            let descriptor = descriptor(memory, at).ok_or(Broken::Descriptor(at))?;
+            let known = near.and_then(|near| words(near, 16 * usize::from(index)));
+            let descriptor = match known {
+                Some(descriptor) => descriptor,
+                None => descriptor(memory, at).ok_or(Broken::Descriptor(at))?,
+            };
             let has = |flag: u32| u32::from(descriptor.flags()) & flag != 0;
             if has(VRING_DESC_F_INDIRECT) {
                 let length = descriptor.len();
@@ -248,6 +304,7 @@ impl Ring {
                     return Err(Broken::Indirect);
                 }
                 table = descriptor.addr().0;
+                near = None;
                 entries = length / 16;
                 inside_indirect = true;
                 index = 0;
@@ -398,19 +455,19 @@ impl Ring {
 #[inline]
 fn descriptor<M: GuestMemory>(memory: &M, at: u64) -> Option<Descriptor> {
     let at = GuestAddress(at);
-    let slice = memory
-        .get_slices(at, 16, Permissions::Read)
-        .ok()?
-        .next()?
-        .ok()?;
+    let mut slices = memory.get_slices(at, 16, Permissions::Read).ok()?;
+    let words = words(slices.next()?.ok()?, 0);
+    words.or_else(|| memory.read_obj(at).ok())
+}
+
+/// The aligned descriptor at `offset`.
+#[inline]
+fn words<B: BitmapSlice>(table: VolatileSlice<'_, B>, offset: usize) -> Option<Descriptor> {
     let word = |offset| {
-        slice
-            .load::<u64>(offset, Ordering::Relaxed)
-            .map(u64::from_le)
+        let word = table.load::<u64>(offset, Ordering::Relaxed);
+        word.map(u64::from_le).ok()
     };
-    let (Ok(address), Ok(rest)) = (word(0), word(8)) else {
-        return memory.read_obj(at).ok();
-    };
+    let (address, rest) = (word(offset)?, word(offset + 8)?);
     let (length, flags, next) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
     Some(Descriptor::new(address, length, flags, next))
 }

@@ -7,7 +7,7 @@
 //! a translation that hits takes no lock.
 //!
 //! Lock order: `control`, then `endpoints`, then `domains`, then those of an endpoint, a domain
-//! and a target. No lock is held while an access is waited for or an [`EventSink`] is called.
+//! and a target, then `slots`. No lock is held while an access is waited for or an [`EventSink`] is called.
 
 #![forbid(unsafe_code)]
 
@@ -39,7 +39,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use self::endpoint::Endpoint;
-use self::inflight::EVERYTHING;
+use self::inflight::{EVERYTHING, Slot};
 use self::tables::Ram;
 use self::target::{Domain, Drain, Space, TargetState, lock};
 use super::{
@@ -98,6 +98,8 @@ struct Shared {
     /// Held while claims, translations in force and domains are changed.
     control: Mutex<()>,
     endpoints: RwLock<HashMap<Rid, Arc<Endpoint>>>,
+    /// The slots of all ports, for who waits for all of them.
+    slots: Mutex<Vec<Arc<Slot>>>,
     domains: RwLock<HashMap<DomainId, Arc<Domain>>>,
     next_domain: AtomicU32,
 }
@@ -136,6 +138,7 @@ impl Engine {
                 generation: AtomicU64::new(0),
                 control: Mutex::default(),
                 endpoints: RwLock::default(),
+                slots: Mutex::default(),
                 domains: RwLock::default(),
                 next_domain: AtomicU32::new(0),
             }),
@@ -396,17 +399,30 @@ impl Backend for Engine {
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> usize {
-        for Invalidation { scope, range } in batch {
+        let is_everything = |invalidation: &Invalidation| {
+            matches!(
+                invalidation,
+                Invalidation {
+                    scope: Scope::All,
+                    range: InvalidationRange::All
+                }
+            )
+        };
+        for invalidation @ Invalidation { scope, range } in batch {
             let leaves_only = matches!(range, InvalidationRange::Pages { leaf: true, .. });
-            if (*scope, *range) == (Scope::All, InvalidationRange::All) {
+            if is_everything(invalidation) {
                 self.shared.generation.fetch_add(1, Ordering::SeqCst);
             } else {
                 self.each_target(*scope, |state| state.post(addresses(*range), leaves_only));
             }
         }
         let mut drain = Drain::default();
-        for Invalidation { scope, range } in batch {
-            self.each_target(*scope, |state| state.drain(&addresses(*range), &mut drain));
+        for invalidation @ Invalidation { scope, range } in batch {
+            if is_everything(invalidation) {
+                drain.add(&lock(&self.shared.slots), &EVERYTHING);
+            } else {
+                self.each_target(*scope, |state| state.drain(&addresses(*range), &mut drain));
+            }
         }
         drain.wait();
         batch.len()

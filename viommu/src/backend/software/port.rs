@@ -12,7 +12,7 @@ use super::Shared;
 use super::endpoint::Endpoint;
 use super::inflight::Slot;
 use super::iotlb::{IN_RAM, Iotlb};
-use super::target::{INTERRUPT_RANGE, Space, TargetState};
+use super::target::{INTERRUPT_RANGE, Space, TargetState, lock};
 use super::walk::{Allowed, Page, Request, Walker};
 use crate::backend::{self, Fault, FaultCause, PageRequest, Translation};
 use crate::interrupt::Msi;
@@ -46,6 +46,20 @@ pub(crate) struct Port {
     execute: bool,
 }
 
+/// Makes a slot known to those that wait for its target, and for all.
+fn register(shared: &Shared, state: &TargetState, slot: &Arc<Slot>) {
+    state.add_slot(slot);
+    lock(&shared.slots).push(Arc::clone(slot));
+}
+
+fn unregister(shared: &Shared, state: &TargetState, slot: &Arc<Slot>) {
+    state.remove_slot(slot);
+    let mut slots = lock(&shared.slots);
+    if let Some(at) = slots.iter().position(|other| Arc::ptr_eq(other, slot)) {
+        slots.swap_remove(at);
+    }
+}
+
 /// What only the access that has begun the slot touches.
 #[derive(Default)]
 struct Own {
@@ -64,7 +78,7 @@ impl Port {
     ) -> Self {
         let own = Own::default();
         // Registered before its first use, so no change after this one passes it by.
-        state.add_slot(&own.slot);
+        register(&shared, &state, &own.slot);
         Self {
             shared,
             endpoint,
@@ -104,7 +118,7 @@ impl Port {
         // cache.
         let extra = (!self.own.slot.begin()).then(|| {
             let own = Own::default();
-            self.state.add_slot(&own.slot);
+            register(&self.shared, &self.state, &own.slot);
             own.slot.begin();
             own
         });
@@ -164,7 +178,7 @@ impl Clone for Port {
 
 impl Drop for Port {
     fn drop(&mut self) {
-        self.state.remove_slot(&self.own.slot);
+        unregister(&self.shared, &self.state, &self.own.slot);
         if let Some(plain) = self.endpoint.target(None) {
             // The device chooses PASIDs, so the state of one that nothing uses must not stay.
             let pasid = self.target().pasid;
@@ -382,7 +396,7 @@ impl Drop for Access<'_> {
     fn drop(&mut self) {
         self.own().slot.end();
         if let Some(extra) = &self.extra {
-            self.port.state.remove_slot(&extra.slot);
+            unregister(&self.port.shared, &self.port.state, &extra.slot);
         }
         // Only now: the front end may take a lock that is held by who waits for this access.
         for fault in self.faults.take() {

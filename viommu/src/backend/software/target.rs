@@ -137,7 +137,8 @@ pub(super) struct TargetState {
     pub(super) space: ArcSwap<Space>,
     /// How many changes there have been. Written under `changes`, read by every translation.
     generation: AtomicU64,
-    changes: Mutex<[Change; REMEMBERED]>,
+    /// The last of them, from the first port on: nobody else asks.
+    changes: Mutex<Option<Box<[Change; REMEMBERED]>>>,
     slots: Mutex<Vec<Arc<Slot>>>,
 }
 
@@ -152,6 +153,15 @@ impl Drain {
         self.0.len()
     }
 
+    /// Adds those of `slots` that may use what they translated in `range`.
+    pub(super) fn add(&mut self, slots: &[Arc<Slot>], range: &Range) {
+        for slot in slots {
+            if let Some(seen) = slot.uses(range) {
+                self.0.push((Arc::clone(slot), seen));
+            }
+        }
+    }
+
     /// Waits until they have ended. To be called without any lock: the owner of an access may
     /// need it to come to the end.
     pub(super) fn wait(self) {
@@ -163,15 +173,11 @@ impl Drain {
 
 impl TargetState {
     pub(super) fn new(target: Target) -> Self {
-        let none = Change {
-            range: EVERYTHING,
-            leaves_only: false,
-        };
         Self {
             target,
             space: ArcSwap::default(),
             generation: AtomicU64::new(0),
-            changes: Mutex::new(std::array::from_fn(|_| none.clone())),
+            changes: Mutex::default(),
             slots: Mutex::default(),
         }
     }
@@ -187,7 +193,9 @@ impl TargetState {
     pub(super) fn post(&self, range: Range, leaves_only: bool) {
         let mut changes = lock(&self.changes);
         let next = self.generation.load(Ordering::Relaxed) + 1;
-        changes[next as usize % REMEMBERED] = Change { range, leaves_only };
+        if let Some(changes) = &mut *changes {
+            changes[next as usize % REMEMBERED] = Change { range, leaves_only };
+        }
         self.generation.store(next, Ordering::SeqCst);
     }
 
@@ -196,24 +204,21 @@ impl TargetState {
     pub(super) fn catch_up(&self, seen: u64, mut forget: impl FnMut(&Range, bool)) -> u64 {
         let changes = lock(&self.changes);
         let last = self.generation.load(Ordering::Relaxed);
-        if last - seen > REMEMBERED as u64 {
-            forget(&EVERYTHING, false);
-        } else {
-            for change in seen + 1..=last {
-                let change = &changes[change as usize % REMEMBERED];
-                forget(&change.range, change.leaves_only);
+        match &*changes {
+            Some(changes) if last - seen <= REMEMBERED as u64 => {
+                for change in seen + 1..=last {
+                    let change = &changes[change as usize % REMEMBERED];
+                    forget(&change.range, change.leaves_only);
+                }
             }
+            _ => forget(&EVERYTHING, false),
         }
         last
     }
 
     /// Adds the accesses that may use what they translated in `range`, after [`post`](Self::post).
     pub(super) fn drain(&self, range: &Range, drain: &mut Drain) {
-        for slot in lock(&self.slots).iter() {
-            if let Some(seen) = slot.uses(range) {
-                drain.0.push((Arc::clone(slot), seen));
-            }
-        }
+        drain.add(&lock(&self.slots), range);
     }
 
     /// Puts `space` in force, with a number of its own, and makes that known. The caller holds
@@ -240,6 +245,13 @@ impl TargetState {
 
     /// Registers a port's slot.
     pub(super) fn add_slot(&self, slot: &Arc<Slot>) {
+        let unknown = || {
+            Box::new(std::array::from_fn(|_| Change {
+                range: EVERYTHING,
+                leaves_only: false,
+            }))
+        };
+        lock(&self.changes).get_or_insert_with(unknown);
         lock(&self.slots).push(Arc::clone(slot));
     }
 

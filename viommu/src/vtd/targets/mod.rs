@@ -13,7 +13,7 @@ use serde::Serialize;
 use vm_memory::GuestMemoryMmap;
 
 use super::capabilities::Offer;
-use super::context::{Entry, Problem, ScalableContext};
+use super::context::{self, Entry, Problem, ScalableContext};
 use super::fault::Recorded;
 use super::pasid;
 use crate::backend::{Backend, Invalidation, Translation};
@@ -183,6 +183,17 @@ impl Endpoint {
             let target = Target::pasid(rid, Pasid(pasid));
             context.paside.then_some(target)
         }
+    }
+
+    /// Whether the guest's context entry of this endpoint, `rid`, and its entry of RID_PASID are
+    /// what is in force, as far as can be told at once.
+    #[inline]
+    fn is_context_unchanged(&self, view: View, root: Rtaddr, rid: Rid) -> bool {
+        let Some(context) = &self.context else {
+            return false;
+        };
+        context::read_scalable(view.ram, root, rid) == Ok(self.context_words)
+            && self.is_unchanged(view, context.rid_pasid)
     }
 
     /// Whether the guest's entry of `pasid` is what is in force, as far as can be told at once.

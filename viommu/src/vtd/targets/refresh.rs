@@ -25,12 +25,18 @@ impl Targets {
     /// A context-cache invalidation. With caching mode, entries that were not present have no
     /// domain yet, so a domain-selective one looks at every endpoint.
     pub(in crate::vtd) fn invalidate_contexts(&mut self, view: View, scope: ContextScope) {
+        let meant = |rid: Rid| match scope {
+            ContextScope::Global | ContextScope::Domain(_) => true,
+            ContextScope::Device { sid, mask } => (rid.0 ^ sid) & !u16::from(mask) == 0,
+        };
+        if let Some(root) = view.root.filter(|root| is_scalable(view, *root)) {
+            let mut meant = self.endpoints.iter().filter(|(rid, _)| meant(**rid));
+            if meant.all(|(&rid, e)| e.is_context_unchanged(view, root, rid)) {
+                return;
+            }
+        }
         self.for_each(|targets, rid| {
-            let meant = match scope {
-                ContextScope::Global | ContextScope::Domain(_) => true,
-                ContextScope::Device { sid, mask } => (rid.0 ^ sid) & !u16::from(mask) == 0,
-            };
-            if meant {
+            if meant(rid) {
                 targets.refresh_context(view, rid, true);
             }
         });
@@ -40,7 +46,7 @@ impl Targets {
         let Some(root) = view.root else {
             return self.clear(rid, None);
         };
-        if root.mode() == TranslationTableMode::Scalable && view.offer.ecap.smts() {
+        if is_scalable(view, root) {
             return self.refresh_scalable(view, root, rid, scan);
         }
         match context::decode(view.ram, view.offer, root, rid) {
@@ -238,4 +244,8 @@ impl Targets {
             });
         }
     }
+}
+
+fn is_scalable(view: View, root: Rtaddr) -> bool {
+    root.mode() == TranslationTableMode::Scalable && view.offer.ecap.smts()
 }

@@ -326,13 +326,14 @@ impl Unit {
 
     /// Tells the guest what back ends refused and what is wrong with its tables.
     fn settle(&self, commands: &mut Commands) -> Vec<Msi> {
-        let outcome = std::mem::take(&mut commands.targets.outcome);
         self.head.store(commands.registers.head, Ordering::Release);
         let status = commands.registers.status().into_bits();
         self.status.store(status, Ordering::Release);
+        let outcome = &mut commands.targets.outcome;
         if outcome.faults.is_empty() && outcome.refused.is_empty() {
             return Vec::new();
         }
+        let outcome = std::mem::take(outcome);
         let mut faults = lock(&self.faults);
         for (target, refused) in outcome.refused {
             if refused {
