@@ -89,13 +89,13 @@ impl Guest {
             clock: median(clock.collect()),
         };
         for level in 0..3 {
-            guest.poke(STAGE1 + level * 4096, STAGE1 + (level + 1) * 4096 | 0x67)?;
+            guest.poke(STAGE1 + level * 4096, (STAGE1 + (level + 1) * 4096) | 0x67)?;
         }
         for page in 0..PAGES {
             let leaves = STAGE1 + 3 * 4096;
             guest.poke(
                 STAGE1 + 2 * 4096 + page / 512 * 8,
-                leaves + page / 512 * 4096 | 0x67,
+                (leaves + page / 512 * 4096) | 0x67,
             )?;
             guest.poke(leaves + page * 8, page << 12 | 0x67)?;
         }

@@ -5,12 +5,16 @@
 
 use std::cell::Cell;
 use std::iter::FusedIterator;
+use std::sync::atomic::Ordering;
 
 use vm_memory::guest_memory::{GuestMemoryBackendSliceIterator, GuestMemorySliceIterator, Result};
 use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, Permissions,
-    VolatileSlice,
+    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    Permissions, VolatileSlice,
 };
+
+use super::buffers;
+use super::ring::Buffer;
 
 /// See the module's text. For one thread, for one piece of work.
 pub(super) struct Flat<'r> {
@@ -38,6 +42,37 @@ impl<'r> Flat<'r> {
         }
         self.find(address);
         self.near(address, count)
+    }
+
+    /// As [`copy_in`](buffers::copy_in).
+    #[inline]
+    pub(super) fn copy_in(&self, buffers: &[Buffer], data: &mut [u8]) -> bool {
+        if let [only] = buffers
+            && only.length as usize >= data.len()
+            && let Some(slice) = self.one(only.address, data.len())
+        {
+            slice.copy_to(data);
+            return true;
+        }
+        buffers::copy_in(self, buffers, data)
+    }
+
+    /// As [`copy_out`](buffers::copy_out).
+    #[inline]
+    pub(super) fn copy_out(&self, buffers: &[Buffer], data: &[u8]) -> Option<usize> {
+        if let [only] = buffers
+            && only.length as usize >= data.len()
+            && let Some(slice) = self.one(only.address, data.len())
+        {
+            // Most are one aligned word.
+            let word = <[u8; 4]>::try_from(data).map(u32::from_ne_bytes);
+            let stored = word.is_ok_and(|word| slice.store(word, 0, Ordering::Relaxed).is_ok());
+            if !stored {
+                slice.copy_from(data);
+            }
+            return Some(data.len());
+        }
+        buffers::copy_out(self, buffers, data)
     }
 
     /// As [`one`](Self::one), of the region that was used last.
@@ -111,10 +146,8 @@ impl<'a> GuestMemorySliceIterator<'a, ()> for Slices<'a> {}
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-    use vm_memory::Bytes;
-
     use super::*;
+    use proptest::prelude::*;
 
     proptest! {
         #[test]
@@ -136,7 +169,18 @@ mod tests {
                 prop_assert_eq!(wrote, plain.write(&bytes, at).ok());
                 let (mut a, mut b) = (vec![0; count], vec![0; count]);
                 prop_assert_eq!(flat.read(&mut a, at).ok(), plain.read(&mut b, at).ok());
-                prop_assert_eq!(a, b);
+                prop_assert_eq!(&a, &b);
+                let buffers = [Buffer { address: at, length: count as u32 }];
+                prop_assert_eq!(
+                    flat.copy_in(&buffers, &mut a),
+                    buffers::copy_in(&plain, &buffers, &mut b)
+                );
+                prop_assert_eq!(&a, &b);
+                let bytes = vec![byte ^ 0x55; count.min(5)];
+                prop_assert_eq!(
+                    flat.copy_out(&buffers, &bytes),
+                    buffers::copy_out(&plain, &buffers, &bytes)
+                );
             }
         }
     }

@@ -254,7 +254,7 @@ impl Requests {
             let buffers = &self.writable[start..fetched.end];
             start = fetched.end;
             // It could be written a moment ago.
-            let used = buffers::copy_out(&memory, buffers, reply.bytes()).unwrap_or(0);
+            let used = memory.copy_out(buffers, reply.bytes()).unwrap_or(0);
             self.used.push((fetched.head, used as u32));
         }
         self.ring.push_all(&memory, &self.used)?;
@@ -297,7 +297,7 @@ impl viommu::virtio::Requests for Source<'_> {
         }
         let length = self.chain.readable_length().min(MAX_READABLE);
         let readable = &mut self.readable[..length];
-        let fetched = buffers::copy_in(&self.memory, &self.chain.readable, readable);
+        let fetched = self.memory.copy_in(&self.chain.readable, readable);
         self.writable.extend_from_slice(&self.chain.writable);
         self.batch.push(Fetched {
             head: self.chain.head(),

@@ -82,6 +82,25 @@ pub(super) fn read_words<const N: usize>(ram: &GuestMemoryMmap<()>, at: u64) -> 
     Some(words.map(u64::from_le_bytes))
 }
 
+/// Whether guest memory has `known` at `at`. Compared as it is read: words that were just put
+/// together would have to be waited for.
+#[inline]
+pub(super) fn has_words(ram: &GuestMemoryMmap<()>, at: u64, known: &[u64]) -> bool {
+    let at = GuestAddress(at);
+    let Some(region) = ram.find_region(at) else {
+        return false;
+    };
+    let offset = MemoryRegionAddress(at.0 - region.start_addr().0);
+    let Ok(slice) = region.get_slice(offset, known.len() * 8) else {
+        return false;
+    };
+    let is = |(n, known): (usize, &u64)| {
+        let word = slice.load::<u64>(n * 8, Ordering::Relaxed);
+        word.is_ok_and(|word| u64::from_le(word) == *known)
+    };
+    known.iter().enumerate().all(is)
+}
+
 /// Decodes the context entry of `rid` under the root table that `root` names.
 pub(super) fn decode(
     ram: &GuestMemoryMmap<()>,
@@ -92,7 +111,7 @@ pub(super) fn decode(
     match root.mode() {
         TranslationTableMode::Legacy => legacy(ram, offer, root, rid).map(Context::Legacy),
         TranslationTableMode::Scalable if offer.ecap.smts() => {
-            let words = read_scalable(ram, root, rid)?;
+            let words = read_scalable(ram, find_scalable(ram, root, rid)?)?;
             scalable(offer, words).map(Context::Scalable)
         }
         _ => Err(Problem {
@@ -156,19 +175,19 @@ fn second_stage(root: u64, width: u8, ad: bool) -> Translation {
     })
 }
 
-/// Reads the scalable-mode context entry of `rid`.
-pub(super) fn read_scalable(
+/// Where the scalable-mode context entry of `rid` is.
+#[inline]
+pub(super) fn find_scalable(
     ram: &GuestMemoryMmap<()>,
     root: Rtaddr,
     rid: Rid,
-) -> Result<[u64; 4], Problem> {
+) -> Result<u64, Problem> {
     let fault = |reason| Problem { reason, fpd: false };
     let devfn = u64::from(rid.devfn());
     let at = root.address() + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
-    let halves: [u64; 2] =
-        read_words(ram, at).ok_or(fault(FaultReason::ScalableRootTableAccess))?;
     // Each half stands alone: the other one may be anything.
-    let half = halves[usize::from(devfn >= 0x80)];
+    let at = at + u64::from(devfn >= 0x80) * 8;
+    let [half] = read_words(ram, at).ok_or(fault(FaultReason::ScalableRootTableAccess))?;
     let entry = RootEntryLow::from_bits(half);
     if !entry.p() {
         return Err(fault(FaultReason::ScalableRootNotPresent));
@@ -177,8 +196,15 @@ pub(super) fn read_scalable(
         return Err(fault(FaultReason::ScalableRootReserved));
     }
 
-    let at = entry.context_table() + (devfn & 0x7f) * SCALABLE_CONTEXT_ENTRY_SIZE;
-    read_words(ram, at).ok_or(fault(FaultReason::ScalableContextTableAccess))
+    Ok(entry.context_table() + (devfn & 0x7f) * SCALABLE_CONTEXT_ENTRY_SIZE)
+}
+
+/// Reads the scalable-mode context entry at `at`.
+pub(super) fn read_scalable(ram: &GuestMemoryMmap<()>, at: u64) -> Result<[u64; 4], Problem> {
+    read_words(ram, at).ok_or(Problem {
+        reason: FaultReason::ScalableContextTableAccess,
+        fpd: false,
+    })
 }
 
 /// Decodes a scalable-mode context entry.

@@ -59,12 +59,26 @@ pub(super) fn decode(
 }
 
 /// Reads the entry of `pasid`, and FPD down to it.
-#[inline]
 pub(super) fn read(
     ram: &GuestMemoryMmap<()>,
     context: &ScalableContext,
     pasid: u32,
 ) -> Result<([u64; 8], bool), Problem> {
+    let (at, fpd) = find(ram, context, pasid)?;
+    let words = read_words(ram, at).ok_or(Problem {
+        reason: FaultReason::PasidTableAccess,
+        fpd,
+    })?;
+    Ok((words, fpd))
+}
+
+/// Where the entry of `pasid` is, and FPD down to it.
+#[inline]
+pub(super) fn find(
+    ram: &GuestMemoryMmap<()>,
+    context: &ScalableContext,
+    pasid: u32,
+) -> Result<(u64, bool), Problem> {
     let fpd = context.fpd;
     let fault = |reason| Problem { reason, fpd };
     if pasid >= context.pasids {
@@ -78,11 +92,7 @@ pub(super) fn read(
     .ok_or(fault(FaultReason::PasidDirectoryAccess))?;
     let (table, fpd) = directory_entry(bits, fpd)?;
     let index = u64::from(pasid % PASID_TABLE_ENTRIES);
-    let words = read_words(ram, table.0 + index * PASID_ENTRY_SIZE).ok_or(Problem {
-        reason: FaultReason::PasidTableAccess,
-        fpd,
-    })?;
-    Ok((words, fpd))
+    Ok((table.0 + index * PASID_ENTRY_SIZE, fpd))
 }
 
 /// The PASID table that a directory entry names, and FPD down to it.

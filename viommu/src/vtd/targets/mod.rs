@@ -141,9 +141,14 @@ impl Seen {
     }
 
     #[inline]
-    fn has(&self, pasid: u32, words: &[u64; 8], fpd: bool) -> bool {
+    fn of(&self, pasid: u32) -> Option<&SeenEntry> {
         let known = self.entries.get(Self::place(pasid));
-        known.is_some_and(|e| e.pasid == pasid && e.fpd == fpd && e.words == *words)
+        known.filter(|entry| entry.pasid == pasid)
+    }
+
+    fn has(&self, pasid: u32, words: &[u64; 8], fpd: bool) -> bool {
+        let known = self.of(pasid);
+        known.is_some_and(|entry| entry.fpd == fpd && entry.words == *words)
     }
 
     fn remember(&mut self, pasid: u32, words: [u64; 8], fpd: bool) {
@@ -192,7 +197,8 @@ impl Endpoint {
         let Some(context) = &self.context else {
             return false;
         };
-        context::read_scalable(view.ram, root, rid) == Ok(self.context_words)
+        let at = context::find_scalable(view.ram, root, rid);
+        at.is_ok_and(|at| context::has_words(view.ram, at, &self.context_words))
             && self.is_unchanged(view, context.rid_pasid)
     }
 
@@ -205,8 +211,11 @@ impl Endpoint {
         if !context.paside && pasid != context.rid_pasid {
             return true;
         }
-        let read = pasid::read(view.ram, context, pasid);
-        matches!(read, Ok((words, fpd)) if self.seen.has(pasid, &words, fpd))
+        let Some(seen) = self.seen.of(pasid) else {
+            return false;
+        };
+        let at = pasid::find(view.ram, context, pasid);
+        at.is_ok_and(|(at, fpd)| seen.fpd == fpd && context::has_words(view.ram, at, &seen.words))
     }
 }
 

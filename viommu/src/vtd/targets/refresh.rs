@@ -67,7 +67,8 @@ impl Targets {
         let Some(endpoint) = self.endpoints.get_mut(&rid) else {
             return;
         };
-        let words = context::read_scalable(view.ram, root, rid);
+        let words = context::find_scalable(view.ram, root, rid)
+            .and_then(|at| context::read_scalable(view.ram, at));
         if let (Ok(words), Some(context)) = (words, endpoint.context)
             && words == endpoint.context_words
         {
