@@ -101,7 +101,7 @@ fn first_stage(lab: &Lab) -> Result<()> {
         strict.exits / strict.flushes
     );
     ensure!(
-        (0.6..1.3).contains(&(strict.flushes / strict.maps)),
+        (0.8..1.2).contains(&(strict.flushes / strict.maps)),
         "strict: {:.2} invalidations for each map and unmap, {strict:?}",
         strict.flushes / strict.maps
     );
