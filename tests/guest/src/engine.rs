@@ -238,7 +238,7 @@ fn waiting(units: &Value) -> u64 {
 const QUOTA: u64 = 8;
 
 /// Ends the processes of [`hold`].
-const FREE: &str = "killall dma-engine; sleep 2";
+const FREE: &str = "killall -9 dma-engine; sleep 2";
 
 /// What `nestling pasids` says of one VM.
 struct Holder {

@@ -188,7 +188,8 @@ pub fn capabilities(model: &HwModel, address_width: u8) -> Capabilities {
     match model {
         HwModel::Vtd(unit) => Capabilities {
             stage1: unit.can_nest(),
-            stage1_57: unit.can_nest() && unit.fl5lp(),
+            // 5 levels are of use only where addresses have as many bits.
+            stage1_57: unit.can_nest() && model.stage1_width() == 57,
             stage1_1g: unit.can_nest() && unit.fl1gp(),
             sre: unit.can_nest() && unit.supervisor_requests(),
             eafe: unit.can_nest() && unit.extended_accessed(),
@@ -252,6 +253,19 @@ mod tests {
         assert!(!unit.can_nest());
         let all = capabilities(&HwModel::Vtd(unit), 48);
         assert!(!all.stage1 && !all.stage1_57 && !all.sre && !all.page_requests);
+    }
+
+    #[test]
+    fn five_levels_are_not_offered_where_addresses_end_before() {
+        let narrow = VtdHardware {
+            cap: SPR.cap & !(0x3f << 16) | 47 << 16,
+            ..SPR
+        };
+        assert!(narrow.fl5lp() && narrow.mgaw() == 48);
+        let model = HwModel::Vtd(narrow);
+        assert_eq!(model.stage1_width(), 48);
+        assert!(!capabilities(&model, 48).stage1_57);
+        assert_eq!(HwModel::Vtd(SPR).stage1_width(), 57);
     }
 
     #[test]
