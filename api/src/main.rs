@@ -1,5 +1,6 @@
 //! The `nestling` command.
 
+mod client;
 mod doctor;
 mod inherited;
 mod logger;
@@ -11,6 +12,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, Command};
+use clap_complete::Shell;
 use vmm::control::sentence;
 use vmm::outcome::{STATUS_ERROR, STATUS_USAGE};
 
@@ -37,6 +39,13 @@ fn main() -> ExitCode {
         Some(("run", options)) => run::run(options),
         Some(("doctor", options)) => doctor::run(options),
         Some(("pasids", options)) => pasids::list(options),
+        Some(("api", options)) => client::run(options),
+        Some(("completion", options)) => {
+            if let Some(shell) = options.get_one::<Shell>("shell") {
+                clap_complete::generate(*shell, &mut command(), "nestling", &mut std::io::stdout());
+            }
+            Ok(0)
+        }
         // clap lets nothing else through.
         _ => Ok(0),
     };
@@ -65,6 +74,17 @@ fn command() -> Command {
         .subcommand(run::command())
         .subcommand(doctor::command())
         .subcommand(pasids::command())
+        .subcommand(client::command())
+        .subcommand(
+            Command::new("completion")
+                .about("Prints what makes a shell complete this command")
+                .arg(
+                    Arg::new("shell")
+                        .required(true)
+                        .value_parser(clap::value_parser!(Shell))
+                        .help("Which shell"),
+                ),
+        )
 }
 
 fn fail(failure: Failure) -> ExitCode {

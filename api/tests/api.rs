@@ -614,6 +614,51 @@ mod api {
         assert_eq!(nestling.get("vmm.ping").0, 200);
     }
 
+    #[test]
+    fn the_client_of_the_command_line_asks_and_shows() {
+        let nestling = Nestling::start("client");
+        let api = |words: &[&str]| {
+            let output = Command::new(NESTLING)
+                .args(["api", "--socket"])
+                .arg(nestling.socket())
+                .args(words)
+                .output()
+                .unwrap();
+            let text = [output.stdout, output.stderr].concat();
+            (
+                output.status.code().unwrap(),
+                String::from_utf8(text).unwrap(),
+            )
+        };
+        let (status, text) = api(&["ping"]);
+        assert!(status == 0 && text.starts_with("nestling "), "{text}");
+        let (status, text) = api(&["info"]);
+        assert!(
+            status == 1 && text.contains("create it first (vm.create) (vm-not-created)"),
+            "{text}"
+        );
+        fs::write(nestling.path.join("vm.json"), nestling.config().to_string()).unwrap();
+        let file = nestling.path.join("vm.json").display().to_string();
+        assert_eq!(api(&["create", &file]), (0, String::new()));
+        assert!(api(&["info"]).1.starts_with("Created  1 vCPUs  64 MiB"));
+        let disk = format!("path={},id=e", nestling.path.join("disk").display());
+        assert_eq!(api(&["add-disk", &disk]), (0, String::new()));
+        let (_, json) = api(&["info", "--json"]);
+        let info: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(info["config"]["disks"][1]["id"], "e");
+        assert_eq!(api(&["remove", "e", "--timeout", "1"]), (0, String::new()));
+        assert_eq!(api(&["add-disk", "pth=x"]).0, 2);
+        assert_eq!(api(&["remove", "e"]).0, 1);
+        if has_kvm() {
+            assert_eq!(api(&["boot"]), (0, String::new()));
+            assert!(api(&["info"]).1.contains("disk"));
+            assert!(api(&["viommu"]).1.starts_with("viommu0 (vtd, scalable"));
+        }
+        assert_eq!(api(&["shutdown-vmm"]), (0, String::new()));
+        let shells = Command::new(NESTLING).args(["completion", "bash"]).output();
+        assert!(String::from_utf8_lossy(&shells.unwrap().stdout).contains("power-button"));
+    }
+
     /// What Cloud Hypervisor's ch-remote sends and how it reads, byte for byte: no length without
     /// a body, header names in exactly this case, an answer that ends where its length says on a
     /// connection that stays open.

@@ -2,6 +2,7 @@
 //! from inside. The lab starts this program there once for each test (`guest-test run NAME`).
 //! See tests/README.md for how to add one.
 
+pub mod api;
 pub mod bench;
 pub mod boot;
 pub mod demo;
@@ -28,6 +29,7 @@ use harness::Test;
 
 /// Every module's tests.
 pub const ALL: &[(&str, &[Test])] = &[
+    ("api", api::TESTS),
     ("bench", bench::TESTS),
     ("boot", boot::TESTS),
     ("demo", demo::TESTS),

@@ -381,6 +381,15 @@ impl Machine {
         self.wait_for_agent()
     }
 
+    /// Waits for the agent of a guest that was made to start over from outside.
+    ///
+    /// # Errors
+    /// nestling ends, or the guest does not come back within its limit.
+    pub fn starts_over(&mut self) -> Result<()> {
+        self.client = None;
+        self.wait_for_agent()
+    }
+
     /// The time since nestling was started.
     pub fn age(&self) -> Duration {
         self.started.elapsed()
