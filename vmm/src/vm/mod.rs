@@ -8,6 +8,7 @@ mod buses;
 mod devices;
 mod event_loop;
 mod hotplug;
+mod observed;
 mod pasids;
 mod passthrough;
 mod removals;
@@ -40,8 +41,8 @@ use crate::acpi::{self, Hotplug, Platform};
 use crate::boot::{self, ACPI_AREA, BootError};
 use crate::config::Validated;
 use crate::control::{
-    ApiError, Code, Counters, DeviceNode, Done, Inspect, NewDevice, PciDeviceInfo, Progress,
-    Removal, Reply,
+    ApiError, Code, Counters, DeviceNode, Done, Inspect, NewDevice, PciDeviceInfo, Removal, Reply,
+    Shared,
 };
 use crate::interrupts::Interrupts;
 use crate::kvm::cpuid::{self, Paging};
@@ -111,8 +112,9 @@ impl Vm {
         config: &Validated,
         host_kvm: &Host,
         first_boot: bool,
-        progress: &Progress,
+        shared: &Shared,
     ) -> Result<Self, VmError> {
+        let progress = &shared.progress;
         progress.step("guest memory");
         let size = config.memory.size.0;
         let reserved = passthrough::reserved(&config.devices, config.platform.reserve)
@@ -148,6 +150,7 @@ impl Vm {
             paging,
         )?;
 
+        devices.viommus().tell(shared.events.clone());
         let extra = devices.freeze()?;
         let platform = platform(&layout, cpus, devices.slots(), &extra);
         let tables = acpi::tables(&platform, ACPI_AREA)?;

@@ -196,10 +196,9 @@ impl Session {
         };
         let _operation = self.control.shared.progress.begin(operation);
         self.control.shared.events.emit(Event::Booting);
-        let progress = &self.control.shared.progress;
         let vm = Host::open()
             .map_err(VmError::from)
-            .and_then(|kvm| Vm::build(&config, &kvm, self.first_boot, progress))
+            .and_then(|kvm| Vm::build(&config, &kvm, self.first_boot, &self.control.shared))
             .and_then(|vm| vm.start(&mut self.event_loop));
         let running = match vm {
             Ok(running) => running,

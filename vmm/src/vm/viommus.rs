@@ -25,9 +25,11 @@ use viommu::vtd::{
 };
 use viommu::{GuestRam, Rid};
 
+use super::observed::{Observed, Told};
 use super::pasids::VmPasids;
 use super::slots::{Home, Slots};
 use crate::config::{Behind, UnitMode, ViommuConfig, ViommuKind, VmConfig};
+use crate::control::Events;
 use crate::interrupts::remapping::{RemappingState, RemappingUnit};
 use crate::interrupts::{Interrupts, Remapper};
 use crate::kvm::cpuid::Paging;
@@ -107,6 +109,7 @@ pub(super) struct Viommus {
     placed: Vec<Placed>,
     address_width: u8,
     pasids: Arc<VmPasids>,
+    told: Told,
 }
 
 /// A vIOMMU and its place in the guest.
@@ -115,6 +118,10 @@ struct Placed {
     endpoints: Vec<Rid>,
     /// The guest may have PASIDs of the host from it.
     vcmd: bool,
+    /// The software engine and, once there is one, the host's IOMMU, as it sees them: one each, so
+    /// that it knows endpoints of the same back end by it.
+    engine: Arc<Observed>,
+    host: Option<Arc<Observed>>,
 }
 
 /// What the guest sees of a vIOMMU.
@@ -195,6 +202,7 @@ impl Viommus {
             placed: Vec::with_capacity(configs.len()),
             address_width: layout.address_width,
             pasids: Arc::new(VmPasids::new(&vm.platform)),
+            told: Told::default(),
         };
         for (n, config) in configs.iter().enumerate() {
             let front = match config.kind {
@@ -203,7 +211,10 @@ impl Viommus {
                 }
                 ViommuKind::Virtio => viommus.virtio_unit(n, config, host)?,
             };
+            let engine = Arc::new(viommus.engine.clone());
             viommus.placed.push(Placed {
+                engine: Observed::new(engine, front.id(), &viommus.told),
+                host: None,
                 front,
                 endpoints: Vec::new(),
                 vcmd: config.vcmd,
@@ -276,6 +287,12 @@ impl Viommus {
         })
     }
 
+    /// Tells `events` of faults and refusals from now on.
+    pub(super) fn tell(&self, events: Arc<Events>) {
+        // Called once, before the first vCPU runs.
+        let _ = self.told.set(events);
+    }
+
     /// The PCI functions that virtio-iommus are, with their names, and where they go.
     pub(super) fn functions(&self) -> Vec<(String, Rid, Arc<VirtioIommu>)> {
         let virtio = self.placed.iter().filter_map(|placed| match &placed.front {
@@ -300,7 +317,7 @@ impl Viommus {
         };
         self.pasids.limit(endpoint.pasid_bits)?;
         let port = self.engine.add_endpoint(rid, endpoint)?;
-        let engine = Arc::new(self.engine.clone());
+        let engine = placed.engine.clone();
         if let Err(why) = placed.front.add(rid, engine, Regions::new()) {
             self.engine.remove_endpoint(rid);
             return Err(why);
@@ -321,7 +338,11 @@ impl Viommus {
             return Ok(());
         };
         self.pasids.limit(host.pasid_bits(rid))?;
-        placed.front.add(rid, host.clone(), host.reserved())?;
+        let back_end = placed.host.get_or_insert_with(|| {
+            let host = host.clone();
+            Observed::new(host, placed.front.id(), &self.told)
+        });
+        placed.front.add(rid, back_end.clone(), host.reserved())?;
         placed.endpoints.push(rid);
         Ok(())
     }
