@@ -24,6 +24,11 @@ fn run(words: &[&str]) -> Result<()> {
         ["vfio", address] => checks::vfio(address),
         ["together", one, two] => checks::together(one, two),
         ["cdev", address] => checks::cdev(address),
+        ["interrupts", address, rounds] => {
+            let rounds = rounds.parse().context("ROUNDS is a number")?;
+            checks::interrupts_counted(address, rounds)
+        }
+        ["forge", address] => checks::forge(address),
         ["pasid", address] => checks::pasid(address),
         ["sva", address] => checks::sva(address, 1),
         ["sva", address, processes] => {
@@ -49,7 +54,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["reuse", address] => checks::reuse(address),
         ["hold", address] => checks::hold(address),
         _ => bail!(
-            "usage: dma-engine blocked|vfio|together|cdev|pasid|sva|heap|fork|unmap|reuse|apart|\
+            "usage: dma-engine blocked|vfio|interrupts|forge|together|cdev|pasid|sva|heap|fork|unmap|reuse|apart|\
              counts|hold ADDRESS [ADDRESS|PROCESSES]"
         ),
     }

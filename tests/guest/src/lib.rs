@@ -11,6 +11,7 @@ pub mod ending;
 pub mod engine;
 pub mod harness;
 pub mod hotplug;
+pub mod interrupts;
 pub mod kernel;
 pub mod mapping;
 pub mod memory;
@@ -37,6 +38,7 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("ending", ending::TESTS),
     ("engine", engine::TESTS),
     ("hotplug", hotplug::TESTS),
+    ("interrupts", interrupts::TESTS),
     ("kernel", kernel::TESTS),
     ("mapping", mapping::TESTS),
     ("memory", memory::TESTS),

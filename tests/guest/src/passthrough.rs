@@ -106,7 +106,7 @@ pub const TESTS: &[Test] = &[
     Test::new("a_device_that_cannot_be_had_is_refused", refusals).profile("vtd"),
 ];
 
-const NVME: &str = "0000:00:10.0";
+pub(crate) const NVME: &str = "0000:00:10.0";
 const SLOW: Duration = Duration::from_secs(100);
 
 fn without_viommu(lab: &Lab) -> Result<()> {
@@ -296,7 +296,7 @@ fn group(guest: &mut Machine) -> Result<String> {
 }
 
 /// What is written to the drive is read back from it, not from a cache.
-fn drive_keeps(guest: &mut Machine) -> Result<()> {
+pub(crate) fn drive_keeps(guest: &mut Machine) -> Result<()> {
     let out = guest.run_within(
         SLOW,
         "for i in $(seq 100); do [ -b /dev/nvme0n1 ] && break; sleep 0.1; done; \
@@ -371,7 +371,7 @@ fn gibibyte(lab: &Lab) -> Result<()> {
 }
 
 /// Takes the drive's driver away and gives it back.
-fn rebind(guest: &mut Machine) -> Result<()> {
+pub(crate) fn rebind(guest: &mut Machine) -> Result<()> {
     guest.run_within(
         SLOW,
         "cd /sys/bus/pci/drivers/nvme; d=$(ls -d 0000:*); \

@@ -96,10 +96,11 @@ impl Controller for VmFd {
             Space::Mmio => IoEventAddress::Mmio(address),
             Space::Pio => IoEventAddress::Pio(address),
         };
-        Ok(match on {
+        match on {
             true => self.register_ioevent(event, &address, NoDatamatch)?,
             false => self.unregister_ioevent(event, &address, NoDatamatch)?,
-        })
+        }
+        Ok(())
     }
 }
 

@@ -1,0 +1,265 @@
+//! Interrupt remapping, as stock guests use it: everything that a device behind the unit sends goes
+//! by the guest's table, moves between CPUs while it comes in, and what is forged is a fault.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::harness::{Guest, Lab, Machine, Test, tap::Tap};
+use crate::net::exchange;
+use crate::passthrough::{Bound, NVME, drive_keeps, rebind};
+
+/// The tests.
+pub const TESTS: &[Test] = &[
+    Test::new("stock_7_2_moves_them_between_8_cpus_under_load", |lab| {
+        remapped(lab, "7.2", 8)
+    })
+    .limit(400),
+    Test::new("stock_6_12_moves_them_under_load", |lab| {
+        remapped(lab, "6.12", 4)
+    })
+    .limit(400)
+    .on_request(),
+    Test::new("stock_6_1_moves_them_under_load", |lab| {
+        remapped(lab, "6.1", 4)
+    })
+    .limit(400)
+    .on_request(),
+    Test::new(
+        "forged_ones_are_faults_and_vfio_needs_no_unsafe_option",
+        |lab| engine(lab, "6.12"),
+    )
+    .limit(500),
+    Test::new("an_nvme_drive_sends_them_behind_remapping", nvme)
+        .profile("vtd")
+        .limit(400),
+];
+
+const HOST: &str = "192.168.81.1";
+const GUEST: &str = "192.168.81.2";
+const SLOW: Duration = Duration::from_secs(150);
+
+/// Moves the interrupts of a driver from CPU to CPU, until it is told to stop; counts the moves.
+fn mover(pattern: &str) -> String {
+    format!(
+        "cat > /tmp/mover <<'END'\n\
+         moves=0\n\
+         cpus=$(grep -c ^processor /proc/cpuinfo)\n\
+         while [ ! -e /tmp/stop ]; do\n\
+         for irq in $(grep '{pattern}' /proc/interrupts | cut -d: -f1); do\n\
+         cpu=$((moves % cpus))\n\
+         echo $cpu > /proc/irq/$irq/smp_affinity_list && moves=$((moves + 1))\n\
+         done\n\
+         done\n\
+         echo $moves > /tmp/moves\n\
+         END\n\
+         rm -f /tmp/stop /tmp/moves; sh /tmp/mover > /dev/null 2>&1 < /dev/null &"
+    )
+}
+
+/// Ends the mover; returns how often it moved one.
+fn stop_mover(guest: &mut Machine) -> Result<u64> {
+    let moves = guest.run_within(
+        SLOW,
+        "touch /tmp/stop; for i in $(seq 300); do [ -s /tmp/moves ] && break; sleep 0.1; done; \
+         cat /tmp/moves",
+    )?;
+    moves.trim().parse().context("no count of moves")
+}
+
+fn remapped(lab: &Lab, kernel: &str, cpus: u32) -> Result<()> {
+    let image = lab.image("disk", 32)?;
+    let tap = Tap::new("lab3", &format!("{HOST}/24"))?;
+    let mut guest = Guest::debian(kernel)
+        .cpus(cpus)
+        .cmdline("intel_iommu=on intremap=on")
+        .option("--viommu", "type=vtd,interrupt_remapping=on")
+        .option("--disk", &format!("path={},iommu=on", image.display()))
+        .option("--net", &format!("tap={},iommu=on", tap.name()))
+        .boot(lab)?;
+    let log = guest.run("dmesg")?;
+    ensure!(
+        log.contains("Enabled IRQ remapping in x2apic mode"),
+        "the guest's kernel does not remap in x2APIC mode"
+    );
+    behind_remapping(&mut guest, "virtio0")?;
+    behind_remapping(&mut guest, "virtio1")?;
+    let table = guest.run("cat /proc/interrupts")?;
+    let plain: Vec<&str> = table
+        .lines()
+        .filter(|line| line.contains("IO-APIC") && !line.contains("IR-IO-APIC"))
+        .collect();
+    ensure!(plain.is_empty(), "pins that are not remapped: {plain:?}");
+    ensure!(table.contains("IR-IO-APIC"), "no pin is in use:\n{table}");
+
+    guest.run(&format!(
+        "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 5 {HOST}"
+    ))?;
+    let before = per_cpu(&mut guest, "virtio[01]-")?;
+    guest.run(&mover("IR-.*virtio[01]-"))?;
+    guest.run(
+        "(while [ ! -e /tmp/stop ]; do echo 3 > /proc/sys/vm/drop_caches; \
+         sha256sum /dev/vda; done | sort | uniq -c > /tmp/sums; touch /tmp/summed) \
+         > /dev/null 2>&1 < /dev/null &",
+    )?;
+    exchange(lab, &mut guest, HOST, 4 << 20)?;
+    let moves = stop_mover(&mut guest)?;
+    // All reads came to an end, and all of them read the same.
+    let sums = guest.run_within(
+        SLOW,
+        "for i in $(seq 600); do [ -e /tmp/summed ] && break; sleep 0.1; done; cat /tmp/sums",
+    )?;
+    ensure!(
+        sums.lines().count() == 1,
+        "reads of an unchanging disk differ, or did not end: {sums:?}"
+    );
+    let after = per_cpu(&mut guest, "virtio[01]-")?;
+    ensure!(moves > 20, "only {moves} changes of affinity");
+    let idle = before.iter().zip(&after).filter(|(b, a)| a <= b).count();
+    ensure!(
+        after.len() == cpus as usize && idle == 0,
+        "some CPU got no interrupt: {before:?}, then {after:?} after {moves} moves"
+    );
+    nothing_spurious(&mut guest)?;
+    let unit = unit(&guest)?;
+    let remapping = &unit["interrupt_remapping"];
+    ensure!(
+        remapping["enabled"] == true && remapping["extended"] == true,
+        "not remapped with 32-bit destinations: {remapping}"
+    );
+    let invalidations = remapping["invalidations"].as_u64().unwrap_or(0);
+    ensure!(
+        remapping["blocked"] == 0 && unit["faults_recorded"] == 0,
+        "interrupts were blocked: {unit:#}"
+    );
+    ensure!(
+        invalidations >= moves / 2,
+        "{invalidations} invalidations for {moves} moves"
+    );
+    crate::harness::show(format!(
+        "{moves} changes of affinity, {invalidations} invalidations"
+    ));
+    guest.power_off()?;
+    Ok(())
+}
+
+/// The interrupts of a device go by the guest's table.
+fn behind_remapping(guest: &mut Machine, device: &str) -> Result<()> {
+    let lines = guest.run(&format!("grep '{device}-' /proc/interrupts"))?;
+    let all = lines.lines().all(|line| line.contains("IR-PCI-MSI"));
+    ensure!(all, "{device} is not remapped:\n{lines}");
+    Ok(())
+}
+
+/// How many interrupts of the lines that match each CPU has had.
+fn per_cpu(guest: &mut Machine, pattern: &str) -> Result<Vec<u64>> {
+    let lines = guest.run(&format!("grep '{pattern}' /proc/interrupts"))?;
+    let mut sums = Vec::new();
+    for line in lines.lines() {
+        let counts = line.split_whitespace().skip(1);
+        let counts = counts.map_while(|word| word.parse::<u64>().ok());
+        for (cpu, count) in counts.enumerate() {
+            match sums.get_mut(cpu) {
+                Some(sum) => *sum += count,
+                None => sums.push(count),
+            }
+        }
+    }
+    Ok(sums)
+}
+
+/// The guest's kernel counted none that nobody wanted.
+fn nothing_spurious(guest: &mut Machine) -> Result<()> {
+    let counts = guest.run(
+        "grep -E '^ *(ERR|MIS):' /proc/interrupts; \
+         cat /proc/irq/*/spurious | grep unhandled | sort | uniq -c",
+    )?;
+    for line in counts.lines() {
+        let last = line.split_whitespace().last().unwrap_or_default();
+        ensure!(last == "0", "spurious interrupts: {counts}");
+    }
+    Ok(())
+}
+
+fn unit(guest: &Machine) -> Result<Value> {
+    Ok(guest.viommus()?[0].take())
+}
+
+fn engine(lab: &Lab, kernel: &str) -> Result<()> {
+    let mut guest = Guest::debian(kernel)
+        .cpus(2)
+        .cmdline("intel_iommu=on intremap=on")
+        .option("--viommu", "type=vtd,interrupt_remapping=on")
+        .option("--test-device", "iommu=on")
+        .boot(lab)?;
+    // No option: the guest's kernel sees that messages are isolated.
+    guest.run("modprobe vfio_iommu_type1 && modprobe vfio_pci")?;
+    let at = guest.run(
+        "for d in /sys/bus/pci/devices/*; do \
+         if [ $(cat $d/vendor)-$(cat $d/device) = 0x1af4-0x10f0 ]; then basename $d; fi; done",
+    )?;
+    let at = at.trim().to_owned();
+    guest.run(&mover("IR-.*vfio-msix"))?;
+    let said = guest.run_within(SLOW, &format!("dma-engine interrupts {at} 40"))?;
+    let moves = stop_mover(&mut guest)?;
+    crate::harness::show(format!("{} with {moves} changes of affinity", said.trim()));
+    ensure!(moves > 10, "only {moves} changes of affinity");
+    let before = unit(&guest)?;
+    ensure!(before["faults_recorded"] == 0, "faults: {before:#}");
+
+    guest.run_within(SLOW, &format!("dma-engine forge {at}"))?;
+    let after = unit(&guest)?;
+    let faults = after["last_faults"].to_string();
+    for reason in [
+        "interrupt-source",
+        "interrupt-entry-not-present",
+        "interrupt-compatibility-blocked",
+    ] {
+        ensure!(faults.contains(reason), "no {reason} in {faults}");
+    }
+    ensure!(
+        after["interrupt_remapping"]["blocked"] == 3 && after["faults_recorded"] == 3,
+        "three forged messages: {after:#}"
+    );
+    nothing_spurious(&mut guest)?;
+    let log = guest.run("dmesg -c")?;
+    ensure!(
+        log.contains("[INTR-REMAP]"),
+        "the guest's kernel reports no blocked interrupt:\n{log}"
+    );
+    guest.power_off()?;
+    Ok(())
+}
+
+fn nvme(lab: &Lab) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    let mut guest = Guest::lab_kernel()
+        .cpus(2)
+        .cmdline("intel_iommu=on intremap=on")
+        .option("--viommu", "type=vtd,mode=legacy,interrupt_remapping=on")
+        .option("--device", &drive.option(",iommu=on"))
+        .boot(lab)?;
+    drive_keeps(&mut guest)?;
+    for round in 0..2 {
+        let lines = guest.run("grep nvme /proc/interrupts")?;
+        ensure!(
+            lines.lines().all(|line| line.contains("IR-PCI-MSI")),
+            "not remapped:\n{lines}"
+        );
+        let counts = per_cpu(&mut guest, "nvme")?;
+        ensure!(counts.iter().sum::<u64>() > 0, "no interrupt:\n{lines}");
+        if round == 0 {
+            rebind(&mut guest)?;
+            drive_keeps(&mut guest)?;
+        }
+    }
+    nothing_spurious(&mut guest)?;
+    let unit = unit(&guest)?;
+    ensure!(
+        unit["interrupt_remapping"]["blocked"] == 0 && unit["faults_recorded"] == 0,
+        "interrupts were blocked: {unit:#}"
+    );
+    guest.power_off()?;
+    Ok(())
+}
