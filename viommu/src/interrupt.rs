@@ -30,4 +30,9 @@ pub trait MessageSink: Send + Sync {
     /// `endpoint` wrote `msi.data` to `msi.address`. Called on device threads with no lock of the
     /// back end held.
     fn message(&self, endpoint: crate::Rid, msi: Msi);
+
+    /// Where the messages of `endpoint` lead may have changed: only told of one whose doorbell is
+    /// mapped. Called before the call that made the change returns, with no lock of the back end
+    /// held, but perhaps with the front end's.
+    fn moved(&self, _endpoint: crate::Rid) {}
 }

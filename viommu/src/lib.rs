@@ -13,6 +13,7 @@
 
 pub mod backend;
 pub mod dma;
+pub mod doorbell;
 mod ids;
 pub mod interrupt;
 pub mod page_requests;

@@ -29,6 +29,9 @@ pub enum Kind {
     /// The doorbell of message-signalled interrupts. A host lists it as unusable as well, so it
     /// counts more than [`Kind::Reserved`].
     Msi,
+    /// The same, translated like any other address: a guest maps it to itself, and nothing else
+    /// there.
+    MappedMsi,
 }
 
 impl Kind {
@@ -71,6 +74,7 @@ impl fmt::Display for Region {
             Kind::Reserved => "reserved",
             Kind::Direct => "direct, kept by the firmware",
             Kind::Msi => "MSI doorbell",
+            Kind::MappedMsi => "MSI doorbell, to be mapped to itself",
         };
         write!(f, "{:#x}-{:#x} ({kind})", self.first, self.last)
     }
@@ -202,6 +206,13 @@ impl Regions {
         self.0.get(at).filter(|r| r.overlaps(first, last))
     }
 
+    /// All regions that have an address of `first..=last`, ascending.
+    pub fn all_overlapping(&self, first: u64, last: u64) -> impl Iterator<Item = &Region> {
+        let at = self.0.partition_point(|r| r.last < first);
+        let from = self.0.get(at..).unwrap_or_default().iter();
+        from.take_while(move |r| r.overlaps(first, last))
+    }
+
     /// The parts of `first..=last` that are not reserved, ascending, as inclusive ranges.
     pub fn gaps(&self, first: u64, last: u64) -> Vec<(u64, u64)> {
         let mut gaps = Vec::new();
@@ -262,7 +273,12 @@ mod tests {
     const BASE: u64 = u64::MAX - 63;
 
     fn kind() -> impl Strategy<Value = Kind> {
-        prop_oneof![Just(Kind::Reserved), Just(Kind::Direct), Just(Kind::Msi)]
+        prop_oneof![
+            Just(Kind::Reserved),
+            Just(Kind::Direct),
+            Just(Kind::Msi),
+            Just(Kind::MappedMsi)
+        ]
     }
 
     fn at(regions: &Regions, address: u64) -> Option<Kind> {
@@ -317,6 +333,9 @@ mod tests {
             prop_assert!(gaps.iter().all(|&(f, l)| first <= f && f <= l && l <= last));
             let hit = (first..=last).find_map(|a| at(&regions, a));
             prop_assert_eq!(regions.overlapping(first, last).map(|r| r.kind), hit);
+            let all: Vec<_> = regions.all_overlapping(first, last).copied().collect();
+            let overlaps = |region: &&Region| region.overlaps(first, last);
+            prop_assert_eq!(all, regions.iter().filter(overlaps).copied().collect::<Vec<_>>());
         }
 
         #[test]

@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::doorbell::Doorbell;
 use crate::{DomainId, Gpa, Iova, Rid, Target};
 
 /// What translates the DMA of one [`Target`].
@@ -283,6 +284,9 @@ pub enum FaultCause {
     /// The address hits the interrupt range 0xfee0_0000 to 0xfeef_ffff with a request that is
     /// not an interrupt message, or a table maps to it.
     InterruptRange,
+    /// An interrupt message does not lead to the doorbell, which is mapped and begins at this
+    /// guest-physical address: the guest has to map it to itself.
+    Doorbell(Gpa),
     /// The mapping was there but the domain forbids the access.
     DomainAccess,
     /// Nothing is mapped there in the domain.
@@ -523,6 +527,12 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// [`Refused::NoDomain`].
     fn unmap(&self, domain: DomainId, first: Iova, last: Iova) -> Result<u64, Refused>;
+
+    /// How the interrupts of `endpoint` reach their doorbell: a front end tells its guest, and
+    /// has it map what must be mapped.
+    fn doorbell(&self, _endpoint: Rid) -> Doorbell {
+        Doorbell::Intercepted
+    }
 
     /// How much is held, for `vm.viommu` and for the tests that count.
     fn objects(&self) -> Objects;

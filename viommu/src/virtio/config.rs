@@ -4,6 +4,7 @@ use super::domain::Rules;
 use super::mappings;
 use crate::Rid;
 use crate::backend::{Capabilities, Refused};
+use crate::doorbell::Doorbell;
 use crate::reserved::Regions;
 use crate::spec::virtio_iommu::{self as spec, feature};
 
@@ -32,6 +33,8 @@ pub struct Config {
     /// tables (in VT-d's format) translate. Drafts of the specification; no released driver knows
     /// them.
     pub attach_table: bool,
+    /// How the endpoints' interrupts reach their doorbell.
+    pub doorbell: Doorbell,
 }
 
 /// What cannot be offered.
@@ -66,6 +69,20 @@ pub enum AddError {
         has: u64,
         /// What it would need.
         offered: u64,
+    },
+    /// Its interrupts do not go the way that this unit's do.
+    #[error(
+        "endpoint {endpoint} has its MSI doorbell at {has}, but this virtio-iommu promises {offered}; put it behind another vIOMMU, with msi={msi}"
+    )]
+    Doorbell {
+        /// Which endpoint.
+        endpoint: Rid,
+        /// How its doorbell works.
+        has: Doorbell,
+        /// How the unit's do.
+        offered: Doorbell,
+        /// What the option would have to be.
+        msi: &'static str,
     },
     /// PROBE has no room for its reserved regions.
     #[error(
@@ -129,6 +146,7 @@ impl Config {
             domain_mappings: 1 << 20,
             mappings: 1 << 21,
             attach_table: false,
+            doorbell: Doorbell::Intercepted,
         })
     }
 
@@ -182,6 +200,22 @@ impl Config {
             bypass: bypass.into(),
             reserved: [0; 3],
         }
+    }
+
+    /// Whether the interrupts of an endpoint go the way that was promised.
+    pub(super) fn admits_doorbell(&self, endpoint: Rid, has: Doorbell) -> Result<(), AddError> {
+        if has == self.doorbell {
+            return Ok(());
+        }
+        Err(AddError::Doorbell {
+            endpoint,
+            has,
+            offered: self.doorbell,
+            msi: match has {
+                Doorbell::Intercepted => "intercepted",
+                Doorbell::Mapped(_) => "mapped",
+            },
+        })
     }
 
     /// Whether an endpoint with such a back end keeps what was offered.

@@ -103,7 +103,8 @@ impl Iommu {
 
     /// Puts an endpoint behind this unit: it is claimed in `backend` and Blocked, or in bypass
     /// mode when that is in force. Its number for the guest is its RID. `reserved` is what its
-    /// host cannot map; the doorbell of x86 interrupts is added.
+    /// host cannot map; its doorbell is added, and the addresses of x86 messages, which are of no
+    /// use to a device in any case.
     ///
     /// # Errors
     /// [`AddError`]; nothing is changed then.
@@ -113,9 +114,13 @@ impl Iommu {
         backend: Arc<dyn Backend>,
         mut reserved: Regions,
     ) -> Result<(), AddError> {
-        let msi = reserved::X86_MSI;
-        reserved.insert(msi.first, msi.last, msi.kind);
-        self.lock().add_endpoint(rid, backend, reserved)
+        let doorbell = backend.doorbell(rid);
+        for region in [reserved::X86_MSI, doorbell.region()] {
+            reserved.insert(region.first, region.last, region.kind);
+        }
+        let mut engine = self.lock();
+        engine.config.admits_doorbell(rid, doorbell)?;
+        engine.add_endpoint(rid, backend, reserved)
     }
 
     /// Takes an endpoint away: its back end forgets it. While the guest has it attached, the

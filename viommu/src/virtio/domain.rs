@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use super::decode::{Attach, Detach, Map, Mode, Unmap};
 use super::mappings::{Mappings, Removed};
-use crate::reserved::Regions;
+use crate::backend::Mapping;
+use crate::doorbell::permits;
+use crate::reserved::{Kind, Regions};
 use crate::spec::virtio_iommu::Status;
 
 /// What requests are checked against; frozen when the device is made.
@@ -159,7 +161,10 @@ impl State {
         }
         let incompatible = |d: &Domain| {
             let mut reserved = endpoint.reserved.iter();
-            reserved.any(|r| d.mappings.any_in(r.first, r.last))
+            reserved.any(|r| {
+                let permitted = |m: &Mapping| permits(r, m.iova, m.gpa);
+                !d.mappings.all_in(r.first, r.last, permitted)
+            })
         };
         if domain.is_some_and(incompatible) {
             return Err(Status::Unsupp);
@@ -245,7 +250,14 @@ impl State {
         if phys_end.is_none_or(|end| end >> rules.gpa_bits != 0) {
             return Err(Status::Range);
         }
-        if domain.reserved.overlapping(first, last).is_some() {
+        let to = Gpa(request.phys_start);
+        let mut reserved = domain.reserved.all_overlapping(first, last);
+        if reserved.any(|region| !permits(region, Iova(first), to)) {
+            return Err(Status::Inval);
+        }
+        let mut hidden = domain.reserved.all_overlapping(to.0, to.0 + (last - first));
+        if hidden.any(|region| region.kind == Kind::MappedMsi && first != to.0) {
+            // The doorbell at another address than its own.
             return Err(Status::Inval);
         }
         if self.mappings >= rules.mappings || domain.mappings.len() >= rules.domain_mappings {

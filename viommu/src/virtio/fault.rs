@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use serde::Serialize;
 
-use crate::Rid;
 use crate::backend::{
     self, Backend, EventSink, FaultCause, PageRequest, PageResponse, ResponseCode,
 };
 use crate::spec::virtio_iommu::{self as spec, fault_flag, fault_reason};
+use crate::{Gpa, Iova, Rid};
 
 /// Reports that wait for a buffer of the driver. Further ones are counted and dropped, which
 /// 5.13.6.9 allows: an endpoint that faults in a loop must cost the host nothing.
@@ -23,6 +23,7 @@ pub(super) struct Faults {
     waiting: Mutex<VecDeque<spec::Fault>>,
     reported: AtomicU64,
     dropped: AtomicU64,
+    missed: Mutex<Option<MissedDoorbell>>,
     wake: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
@@ -36,6 +37,19 @@ pub struct FaultCounters {
     pub dropped: u64,
     /// Waiting for a buffer now.
     pub waiting: usize,
+    /// The last interrupt message that did not reach its doorbell.
+    pub missed_doorbell: Option<MissedDoorbell>,
+}
+
+/// An interrupt that was lost since the guest had not mapped the doorbell to itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct MissedDoorbell {
+    /// Whose.
+    pub endpoint: Rid,
+    /// Where its message went.
+    pub address: Iova,
+    /// Where the doorbell begins.
+    pub doorbell: Gpa,
 }
 
 impl Faults {
@@ -81,6 +95,7 @@ impl Faults {
             reported: self.reported.load(Ordering::Relaxed),
             dropped: self.dropped.load(Ordering::Relaxed),
             waiting: self.waiting().len(),
+            missed_doorbell: *self.missed.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }
 }
@@ -106,6 +121,7 @@ pub(super) fn translate(fault: &backend::Fault) -> spec::Fault {
         | FaultCause::SupervisorPage
         | FaultCause::Permission { .. }
         | FaultCause::InterruptRange
+        | FaultCause::Doorbell(_)
         | FaultCause::OutsideMemory
         | FaultCause::DomainAccess
         | FaultCause::DomainUnmapped => fault_reason::MAPPING,
@@ -131,6 +147,14 @@ pub(super) struct Sink {
 
 impl EventSink for Sink {
     fn fault(&self, fault: backend::Fault) {
+        if let FaultCause::Doorbell(doorbell) = fault.cause {
+            let missed = &self.faults.missed;
+            *missed.lock().unwrap_or_else(PoisonError::into_inner) = Some(MissedDoorbell {
+                endpoint: fault.target.endpoint,
+                address: fault.iova,
+                doorbell,
+            });
+        }
         self.faults.push(translate(&fault));
     }
 

@@ -213,6 +213,20 @@ impl Mappings {
         self.last_at(last).is_some_and(|e| e.last() >= first)
     }
 
+    /// Whether every mapping that has an address of `first..=last` is `right`.
+    pub fn all_in(&self, first: u64, last: u64, right: impl Fn(&Mapping) -> bool) -> bool {
+        let mut end = Some(last);
+        while let Some(entry) = end.and_then(|end| self.last_at(end))
+            && entry.last() >= first
+        {
+            if !right(&entry.mapping()) {
+                return false;
+            }
+            end = entry.first().checked_sub(1);
+        }
+        true
+    }
+
     /// Adds a mapping: page-aligned, not empty, within [`IOVA_BITS`] and [`GPA_BITS`].
     ///
     /// # Errors
@@ -688,6 +702,9 @@ mod tests {
                         let new = pages(page, count);
                         let free = model.values().all(|m| last(m) < new.iova.0 || m.iova.0 > last(&new));
                         prop_assert_eq!(store.any_in(new.iova.0, last(&new)), !free);
+                        prop_assert_eq!(store.all_in(new.iova.0, last(&new), |_| false), free);
+                        let in_model = |m: &Mapping| model.get(&(m.iova.0 / PAGE)) == Some(m);
+                        prop_assert!(store.all_in(new.iova.0, last(&new), in_model));
                         prop_assert_eq!(store.insert(&new).is_ok(), free);
                         if free {
                             model.insert(page, new);

@@ -20,6 +20,8 @@ pub use fault::FaultCounters;
 pub use reply::{Chain, Reply, Requests};
 
 #[cfg(test)]
+mod doorbell_tests;
+#[cfg(test)]
 mod table_tests;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod testing;

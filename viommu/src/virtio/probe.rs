@@ -18,7 +18,8 @@ pub(super) fn size(reserved: &Regions) -> usize {
 /// Writes the properties of an endpoint to the front of `properties`, which is zeroed and has
 /// room for [`size`].
 pub(super) fn fill(properties: &mut [u8], reserved: &Regions) {
-    let mut msi = true;
+    // Where the doorbell has to be mapped, a message to the addresses of x86 is of no use.
+    let mut msi = !reserved.iter().any(|r| r.kind == Kind::MappedMsi);
     for (region, room) in reserved.iter().zip(properties.chunks_exact_mut(RESV_MEM)) {
         let is_msi = region.kind == Kind::Msi && msi;
         msi &= !is_msi;

@@ -288,7 +288,9 @@ pub(super) fn reason(
             _ => not_permitted,
         },
         FaultCause::Supervisor => R::SupervisorDisabled,
-        FaultCause::InterruptRange => pick(R::InterruptRange, R::ScalableInterruptRange),
+        FaultCause::InterruptRange | FaultCause::Doorbell(_) => {
+            pick(R::InterruptRange, R::ScalableInterruptRange)
+        }
         FaultCause::DomainAccess | FaultCause::DomainUnmapped => not_permitted,
     }
 }

@@ -10,6 +10,7 @@ use super::faults::{Faults, Reader};
 use super::host::{Device, Endpoint, HostIommu, lock};
 use super::hwinfo::{self, HwInfo, HwModel};
 use super::object::{FaultQueue, Hwpt, Paging};
+use super::parent::Parent;
 use crate::Rid;
 use crate::backend::Capabilities;
 use crate::reserved::{Kind, Region, Regions, X86_MSI};
@@ -42,6 +43,16 @@ pub enum Unfit {
         "device {0} reserves addresses where guest RAM is; give the VM the layout that avoids them (nestling doctor lists them)"
     )]
     ReservedByDevice(Rid),
+    /// The host's IOMMU would let guest memory hide the doorbell.
+    #[error(
+        "device {endpoint}: the host's IOMMU does not keep {doorbell} out of guest memory, so its interrupts would be lost; boot the host with interrupt remapping (intremap=on)"
+    )]
+    Doorbell {
+        /// Which device.
+        endpoint: Rid,
+        /// Its doorbell.
+        doorbell: Region,
+    },
     /// Device memory was to go where a device has a reserved region.
     #[error("{0} is kept by a device; place the BAR elsewhere")]
     Reserved(Region),
@@ -110,9 +121,11 @@ impl HostIommu {
         let usable =
             usable.map_err(|e| Unfit::host("IOMMU_IOAS_IOVA_RANGES", rid.to_string(), e))?;
         let width = address_width(&info, &usable, parent.kind());
+        let parent = Parent::enforced(parent, rid, &info.model, &usable)?;
+        let kind = parent.table().kind();
 
         let mut capabilities = hwinfo::capabilities(&info.model, width);
-        if !parent.kind().nest_parent {
+        if !kind.nest_parent {
             // The hardware could, but this kernel does not (VT-d's scalable mode switched off).
             capabilities = Capabilities {
                 stage1: false,
@@ -124,7 +137,7 @@ impl HostIommu {
                 ..capabilities
             };
         }
-        let pasid_bits = if parent.kind().pasid {
+        let pasid_bits = if kind.pasid {
             info.pasid_bits
         } else {
             capabilities.pasid_bits = 0;

@@ -17,6 +17,7 @@ use super::kernel::Kernel;
 use super::memory::Memory;
 use super::nested::{self, Tables};
 use super::object::Hwpt;
+use super::parent::Parent;
 use super::shadow::Shadow;
 use super::space::{AddressSpace, Area, Areas};
 use crate::backend::{
@@ -74,7 +75,7 @@ pub(super) struct Endpoint {
     pub(super) device: Device,
     pub(super) info: HwInfo,
     /// The table of Identity, and what stands for the device's kind of IOMMU.
-    pub(super) parent: Arc<Hwpt>,
+    pub(super) parent: Parent,
     pub(super) capabilities: Capabilities,
     pub(super) pasid_bits: u8,
     /// Its page requests go to the fault queue.
@@ -297,7 +298,7 @@ impl HostIommu {
         };
         let (hwpt, keep) = match translation {
             Translation::Blocked => return Ok(None),
-            Translation::Identity => (endpoint.parent.clone(), Keep::Nothing),
+            Translation::Identity => (endpoint.parent.table().clone(), Keep::Nothing),
             Translation::Stage1(stage1) => {
                 nested::check(&stage1, &endpoint.capabilities, &endpoint.info.model)?;
                 let faults = self.faults().filter(|_| endpoint.page_requests);
@@ -316,14 +317,14 @@ impl HostIommu {
                 shadow.refresh(&self.memory, &self.ram, (0, u64::MAX), false)?;
                 let hwpt = shadow
                     .space
-                    .table(&endpoint.parent, id)
+                    .table(endpoint.parent.table(), id)
                     .map_err(|e| host("IOMMU_HWPT_ALLOC", e))?;
                 (hwpt, Keep::Shadow(shadow))
             }
             Translation::Domain(domain) => {
                 let space = self.domain(domain)?;
                 let hwpt = space
-                    .table(&endpoint.parent, id)
+                    .table(endpoint.parent.table(), id)
                     .map_err(|e| host("IOMMU_HWPT_ALLOC", e))?;
                 (hwpt, Keep::Domain(domain, space))
             }

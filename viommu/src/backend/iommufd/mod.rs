@@ -51,6 +51,7 @@ pub mod kernel;
 mod memory;
 mod nested;
 pub mod object;
+mod parent;
 mod shadow;
 mod space;
 

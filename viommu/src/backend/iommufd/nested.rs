@@ -10,6 +10,7 @@ use iommufd_bindings as sys;
 
 use super::hwinfo::HwModel;
 use super::object::{FaultQueue, Hwpt};
+use super::parent::Parent;
 use crate::backend::{Capabilities, InvalidationRange, Refused, Stage1, Stage2};
 
 /// Refuses what the hardware could not run.
@@ -124,11 +125,12 @@ impl Tables {
     /// Sharing saves a domain id of each IOMMU, and one call per invalidation.
     pub(super) fn get(
         &self,
-        parent: &Arc<Hwpt>,
+        parent: &Parent,
         device: u32,
         table: &Stage1,
         faults: Option<&Arc<FaultQueue>>,
     ) -> io::Result<Arc<Hwpt>> {
+        let parent = parent.table();
         let table = vtd_s1(table);
         let key = Key {
             root: table.pgtbl_addr,

@@ -389,6 +389,74 @@ fn a_reserved_region_in_guest_ram_is_refused_before_the_guest_starts() {
     assert_eq!(bench.objects(), 1, "only the guest's memory is left");
 }
 
+/// Seed of the rule: a device that goes straight to a nested table gets its doorbell from nowhere,
+/// unless the parent has it. `Tables::get` takes a [`Parent`](super::parent::Parent), which only
+/// admission makes; here the kernel leaves the doorbell out.
+#[test]
+fn no_nested_table_is_made_where_the_parent_has_no_doorbell() {
+    for half in [None, Some((DOORBELLS.0, DOORBELLS.1 - 0x1000))] {
+        let bench = Bench::empty();
+        let refused = bench.add(A, |device| device.reserved = half.into_iter().collect());
+        let error = refused.unwrap_err();
+        assert!(
+            matches!(error, Unfit::Doorbell { endpoint: A, .. }),
+            "{error}"
+        );
+        assert!(error.to_string().contains("intremap=on"), "{error}");
+        assert!(bench.host.claim(A, bench.sink.clone()).is_err());
+        assert!(bench.host.apply(Target::rid(A), stage1(0x1000)).is_err());
+        let nested = |object: &Object| matches!(object, Object::Nested { .. });
+        assert!(!bench.fake.world().objects.values().any(nested));
+        assert_eq!(
+            bench.device(A).record,
+            BTreeMap::new(),
+            "nothing is attached"
+        );
+    }
+}
+
+/// The parent is attached before anything nested, also for a device that its guest puts straight
+/// into a nested table; and what was enforced is kept whatever the guest switches to.
+#[test]
+fn doorbell_and_reserved_regions_are_enforced_before_and_across_every_switch() {
+    let bench = Bench::empty();
+    bench
+        .add(A, |device| device.reserved.push((512 * MIB, 513 * MIB - 1)))
+        .unwrap();
+    let calls = bench.fake.calls();
+    assert_eq!(
+        (calls.get("attach"), calls.get("iova_ranges")),
+        (Some(&1), Some(&1))
+    );
+    bench.host.claim(A, bench.sink.clone()).unwrap();
+    let domain = bench.host.create_domain().unwrap();
+    let at = Target::rid(A);
+    let kept = |bench: &Bench| {
+        let reserved = bench.host.reserved();
+        assert!(reserved.overlapping(DOORBELLS.0, DOORBELLS.1).is_some());
+        for (first, _) in [DOORBELLS, (512 * MIB, 0)] {
+            let over = mapping(first, 0, 0x1000, Access::READ_WRITE);
+            assert!(
+                bench.host.map(domain, &[over]).is_err(),
+                "{first:#x} was mapped"
+            );
+        }
+    };
+    for translation in [
+        stage1(0x1000),
+        Translation::Domain(domain),
+        stage1(0x2000),
+        Translation::Identity,
+        stage1(0x1000),
+        Translation::Blocked,
+        Translation::Domain(domain),
+    ] {
+        bench.host.apply(at, translation).unwrap();
+        kept(&bench);
+        bench.check();
+    }
+}
+
 #[test]
 fn reserved_regions_hold_while_the_device_is_blocked_and_after_it_is_gone() {
     let bench = Bench::empty();

@@ -8,6 +8,7 @@ use crate::backend::{
     EventSink, Fault, PageRequest, PageResponse, ResponseCode, Scope, Translation,
 };
 use crate::dma::PageRequestRefused;
+use crate::doorbell::Doorbell;
 use crate::interrupt::MessageSink;
 use crate::page_requests::{PageRequests, Withdrawn};
 use crate::{Pasid, Rid, Target};
@@ -31,6 +32,8 @@ pub struct EndpointConfig {
     pub page_responses: Option<Arc<dyn PageResponseSink>>,
     /// Takes interrupt messages that are sent as DMA writes.
     pub messages: Option<Arc<dyn MessageSink>>,
+    /// How its interrupts reach their doorbell; one that is mapped is the engine's.
+    pub doorbell: Doorbell,
 }
 
 impl Default for EndpointConfig {
@@ -41,6 +44,7 @@ impl Default for EndpointConfig {
             address_width: 64,
             page_responses: None,
             messages: None,
+            doorbell: Doorbell::Intercepted,
         }
     }
 }

@@ -42,12 +42,15 @@ use self::endpoint::Endpoint;
 use self::inflight::{EVERYTHING, Slot};
 use self::tables::Ram;
 use self::target::{Domain, Drain, Space, TargetState, lock};
+use self::walk::Walker;
 use super::{
-    Backend, Capabilities, EventSink, Invalidation, InvalidationRange, Mapping, Objects,
-    PageResponse, Refused, ResponseCode, Scope, Stage1, Stage2, Translation,
+    Access, Backend, Capabilities, EventSink, Fault, FaultCause, Invalidation, InvalidationRange,
+    Mapping, Objects, PageResponse, Refused, ResponseCode, Scope, Stage1, Stage2, Translation,
 };
 use crate::dma::DmaPort;
-use crate::{DomainId, GuestRam, Iova, Pasid, Rid, Target};
+use crate::doorbell::Doorbell;
+use crate::interrupt::Msi;
+use crate::{DomainId, Gpa, GuestRam, Iova, Pasid, Rid, Target};
 
 pub use self::endpoint::{EndpointConfig, PageResponseSink};
 
@@ -68,6 +71,8 @@ pub struct Config {
     pub mappings: usize,
     /// Domains that there may be.
     pub domains: usize,
+    /// Where a doorbell that has to be mapped begins, if there is one: then it can be.
+    pub doorbell: Option<Gpa>,
 }
 
 impl Config {
@@ -79,6 +84,7 @@ impl Config {
             address_width: 57,
             mappings: usize::try_from(pages.saturating_mul(2).max(1 << 16)).unwrap_or(usize::MAX),
             domains: 1 << 16,
+            doorbell: None,
         }
     }
 }
@@ -231,7 +237,13 @@ impl Engine {
             });
         }
         let outside = Refused::NotMemory { gpa, length };
-        let in_memory = if mapping.mmio {
+        let is_doorbell = || {
+            let doorbell = self.shared.config.doorbell.map(Doorbell::Mapped);
+            doorbell.is_some_and(|d| d.covers(gpa.0, gpa.0.saturating_add(length - 1)))
+        };
+        let in_memory = if is_doorbell() {
+            true
+        } else if mapping.mmio {
             gpa.0.checked_add(length).is_some()
         } else {
             // Region by region: `length` may be anything.
@@ -249,6 +261,68 @@ impl Engine {
             }
         };
         in_memory.then_some(()).ok_or(outside)
+    }
+
+    /// What an interrupt message that `rid` writes now becomes, where the doorbell is mapped: for
+    /// an endpoint whose interrupts are routes and not writes.
+    ///
+    /// # Errors
+    /// It does not reach the doorbell.
+    pub fn message(&self, rid: Rid, msi: Msi) -> Result<Msi, FaultCause> {
+        let endpoint = self.endpoint(rid).ok_or(FaultCause::Blocked)?;
+        let doorbell = endpoint.config.doorbell;
+        let missed = FaultCause::Doorbell(Gpa(doorbell.region().first));
+        let state = endpoint.target(None).ok_or(missed)?;
+        let walker = Walker {
+            ram: &self.shared.ram,
+            haw: self.shared.config.host_address_width,
+            cache: None,
+        };
+        let gpa = state.space.load().doorbell(walker, msi.address);
+        let own = gpa.ok().filter(|&gpa| gpa == msi.address);
+        let message = own.and_then(|gpa| doorbell.message(gpa, msi.data));
+        message.ok_or(missed)
+    }
+
+    /// Tells the front end of `rid` that `msi` was sent and did not reach the doorbell.
+    pub fn missed(&self, rid: Rid, msi: Msi, cause: FaultCause) {
+        if let Some(endpoint) = self.endpoint(rid) {
+            endpoint.fault(Fault {
+                target: Target::rid(rid),
+                iova: Iova(msi.address),
+                access: Access::WRITE,
+                execute: false,
+                privileged: false,
+                cause,
+            });
+        }
+    }
+
+    /// Tells those of `endpoints` whose doorbell is mapped that it may be elsewhere now. With no
+    /// lock held.
+    fn moved(&self, endpoints: impl IntoIterator<Item = Rid>) {
+        if self.shared.config.doorbell.is_none() {
+            return;
+        }
+        for endpoint in endpoints.into_iter().filter_map(|rid| self.endpoint(rid)) {
+            if let (Doorbell::Mapped(_), Some(sink)) =
+                (endpoint.config.doorbell, &endpoint.config.messages)
+            {
+                sink.moved(endpoint.rid);
+            }
+        }
+    }
+
+    /// Whether `first..=last` has an address of the doorbell, which a guest maps to itself only.
+    fn has_doorbell(&self, first: u64, last: u64) -> bool {
+        let doorbell = self.shared.config.doorbell.map(Doorbell::Mapped);
+        doorbell.is_some_and(|doorbell| doorbell.region().overlaps(first, last))
+    }
+
+    /// The endpoints that use `domain`.
+    fn users(domain: &Domain) -> Vec<Rid> {
+        let users = lock(&domain.users);
+        users.iter().map(|state| state.target.endpoint).collect()
     }
 
     /// Runs `work` on the targets that `scope` means.
@@ -353,6 +427,7 @@ impl Backend for Engine {
             endpoint.answer(owed.target, owed.group, ResponseCode::Invalid);
         }
         drain.wait();
+        self.moved([endpoint.rid]);
     }
 
     fn apply(&self, target: Target, translation: Translation) -> Result<(), Refused> {
@@ -389,6 +464,7 @@ impl Backend for Engine {
             result
         };
         drain.wait();
+        self.moved([target.endpoint]);
         result
     }
 
@@ -425,6 +501,13 @@ impl Backend for Engine {
             }
         }
         drain.wait();
+        if self.shared.config.doorbell.is_some() {
+            for Invalidation { scope, .. } in batch {
+                let mut touched = Vec::new();
+                self.each_target(*scope, |state| touched.push(state.target.endpoint));
+                self.moved(touched);
+            }
+        }
         batch.len()
     }
 
@@ -455,23 +538,33 @@ impl Backend for Engine {
         let mut drain = Drain::default();
         // Its mappings may be many: they are freed at the end, when no lock is held.
         let gone;
-        {
+        let left = {
             let _control = lock(&self.shared.control);
             gone = write(&self.shared.domains).remove(&domain);
             let Some(gone) = &gone else { return };
             // `control` keeps targets from joining it.
+            let left = Self::users(gone);
             let users = lock(&gone.users).clone();
             for state in users {
                 TargetState::switch(&state, Space::default(), &mut drain);
             }
-        }
+            left
+        };
         drain.wait();
+        self.moved(left);
     }
 
     fn map(&self, domain: DomainId, mappings: &[Mapping]) -> Result<(), Refused> {
         let domain = self.domain(domain)?;
         mappings.iter().try_for_each(|m| self.check_mapping(m))?;
-        write(&domain.mappings).map(mappings, self.shared.config.mappings)
+        write(&domain.mappings).map(mappings, self.shared.config.mappings)?;
+        if mappings
+            .iter()
+            .any(|m| self.has_doorbell(m.iova.0, m.iova.0 + (m.length - 1)))
+        {
+            self.moved(Self::users(&domain));
+        }
+        Ok(())
     }
 
     fn unmap(&self, domain: DomainId, first: Iova, last: Iova) -> Result<u64, Refused> {
@@ -490,7 +583,15 @@ impl Backend for Engine {
             }
             drain.wait();
         }
+        if self.has_doorbell(first.0, last.0) {
+            self.moved(Self::users(&domain));
+        }
         Ok(total)
+    }
+
+    fn doorbell(&self, endpoint: Rid) -> Doorbell {
+        let endpoint = self.endpoint(endpoint);
+        endpoint.map_or(Doorbell::Intercepted, |endpoint| endpoint.config.doorbell)
     }
 
     fn objects(&self) -> Objects {

@@ -15,9 +15,10 @@ use super::iotlb::{IN_RAM, Iotlb};
 use super::target::{INTERRUPT_RANGE, Space, TargetState, lock};
 use super::walk::{Allowed, Page, Request, Walker};
 use crate::backend::{self, Fault, FaultCause, PageRequest, Translation};
-use crate::interrupt::Msi;
+use crate::doorbell::Doorbell;
+use crate::interrupt::{MessageSink, Msi};
 use crate::page_requests::Refusal;
-use crate::{Iova, Pasid, Target};
+use crate::{Gpa, Iova, Pasid, Target};
 
 /// Faults that one access reports; a device that goes on after so many is not worth more.
 const FAULTS: usize = 16;
@@ -133,14 +134,35 @@ impl Port {
     }
 
     pub(crate) fn message(&self, msi: Msi) -> bool {
-        let is_message = self.target().pasid.is_none() && INTERRUPT_RANGE.contains(&msi.address);
-        match &self.endpoint.config.messages {
-            Some(sink) if is_message => {
-                sink.message(self.endpoint.rid, msi);
-                true
+        let Some(sink) = self.messages() else {
+            return false;
+        };
+        let msi = match self.endpoint.config.doorbell {
+            Doorbell::Intercepted if INTERRUPT_RANGE.contains(&msi.address) => msi,
+            Doorbell::Intercepted => return false,
+            doorbell => {
+                // Delivered as a part of this access: an invalidation waits for it.
+                let access = self.access();
+                return match access.message(doorbell, msi) {
+                    Ok(msi) => {
+                        sink.message(self.endpoint.rid, msi);
+                        true
+                    }
+                    Err(cause) => {
+                        access.report(Iova(msi.address), backend::Access::WRITE, cause);
+                        false
+                    }
+                };
             }
-            _ => false,
-        }
+        };
+        sink.message(self.endpoint.rid, msi);
+        true
+    }
+
+    /// Who takes messages; only requests without PASID are some.
+    fn messages(&self) -> Option<&Arc<dyn MessageSink>> {
+        let sink = self.endpoint.config.messages.as_ref();
+        sink.filter(|_| self.target().pasid.is_none())
     }
 
     pub(crate) fn page_request(
@@ -373,6 +395,17 @@ impl Access<'_> {
             iotlb.put(iova, page.shift, value);
         }
         Ok((value, page.shift))
+    }
+
+    /// What a write of `msi` is where the doorbell is mapped.
+    fn message(&self, doorbell: Doorbell, msi: Msi) -> Result<Msi, FaultCause> {
+        self.announce(msi.address, 4)?;
+        let space = self.port.state.space.load();
+        let missed = FaultCause::Doorbell(Gpa(doorbell.region().first));
+        let gpa = space.doorbell(self.walker(None), msi.address);
+        let own = gpa.ok().filter(|&gpa| gpa == msi.address);
+        let message = own.and_then(|gpa| doorbell.message(gpa, msi.data));
+        message.ok_or(missed)
     }
 
     /// Remembers a fault, to be reported when the access ends.

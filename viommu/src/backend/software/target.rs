@@ -54,7 +54,25 @@ impl Space {
         if !has_pasid && INTERRUPT_RANGE.contains(&iova) {
             return Err(FaultCause::InterruptRange);
         }
-        let page = match &self.translation {
+        let page = self.page(walker, iova, request)?;
+        around_interrupts(page, iova, has_pasid)
+    }
+
+    /// Where an interrupt message to `iova` leads that is translated like any other write.
+    pub(super) fn doorbell(&self, walker: Walker<'_>, iova: u64) -> Result<u64, FaultCause> {
+        let write = Request {
+            read: false,
+            write: true,
+            execute: false,
+            privileged: false,
+        };
+        let page = self.page(walker, iova, write)?;
+        Ok(page.base | iova & ((1 << page.shift) - 1))
+    }
+
+    /// The page that holds `iova`, whatever is there.
+    fn page(&self, walker: Walker<'_>, iova: u64, request: Request) -> Result<Page, FaultCause> {
+        Ok(match &self.translation {
             Translation::Blocked => return Err(FaultCause::Blocked),
             Translation::Identity => Page {
                 base: iova >> CACHED[0] << CACHED[0],
@@ -67,8 +85,7 @@ impl Space {
             }
             Translation::Stage2(stage2) => walker.second_stage_alone(stage2, iova, request)?,
             Translation::Domain(_) => self.mapped(iova, request)?,
-        };
-        around_interrupts(page, iova, has_pasid)
+        })
     }
 
     /// The largest cacheable part of a domain's mapping around `iova`.
