@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::schema::options;
-use super::values::{Mac, Size, words};
+use super::values::{Address, Mac, Size, words};
 
 options! {
     /// What the guest boots.
@@ -218,6 +218,17 @@ words! {
     }
 }
 
+words! {
+    /// How the interrupt messages of the devices behind a vIOMMU reach their doorbell.
+    pub enum MsiMode: "intercepted|mapped" {
+        /// They are taken before translation, as on x86.
+        #[default]
+        Intercepted = "intercepted",
+        /// They are translated like any other write, as on Arm.
+        Mapped = "mapped",
+    }
+}
+
 options! {
     /// A vIOMMU of the guest. May be given several times; devices name it with viommu=.
     pub struct ViommuConfig {
@@ -247,6 +258,13 @@ options! {
         /// Experimental: offer the requests by which the guest's own first-stage tables translate
         /// (ATTACH_TABLE and INVALIDATE of drafts that may change). No released driver knows them.
         pub attach_table: bool = false;
+        /// How interrupt messages reach their doorbell: taken before translation, or (type=virtio,
+        /// emulated devices) translated, so that the guest has to map the doorbell to itself. For
+        /// guests that are written for platforms of the second kind.
+        pub msi: MsiMode = MsiMode::Intercepted;
+        /// Where the doorbell is with msi=mapped: 1 MiB from a multiple of that; by itself
+        /// 0xfee00000. The same for all vIOMMUs of a VM.
+        pub doorbell: Option<Address>;
     }
 }
 

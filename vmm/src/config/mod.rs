@@ -21,13 +21,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
-use viommu::Pasid;
+use viommu::doorbell::{self, Doorbell};
+use viommu::reserved::X86_MSI;
+use viommu::{Gpa, Pasid};
 
-use crate::memory::layout::VTD_UNITS;
+use crate::memory::layout::{ARCHITECTURAL, BOOT_AREA, Range, VTD_UNITS};
 
 pub use groups::*;
 pub use schema::{Field, Group, SchemaError};
-pub use values::{Mac, Size};
+pub use values::{Address, Mac, Size};
 
 /// The configuration of one VM.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -503,6 +505,60 @@ impl VmConfig {
             .map(|(iommu, viommu)| Behind::new(iommu, viommu.as_deref()))
     }
 
+    fn check_doorbells(&self) -> Result<(), ConfigError> {
+        let wrong = |unit: &ViommuConfig, text: String| {
+            Err(ConfigError(format!("viommu id={} {text}", unit.id)))
+        };
+        let mut before: Option<&ViommuConfig> = None;
+        for unit in &self.viommus {
+            let at = match (unit.msi, unit.doorbell) {
+                (MsiMode::Intercepted, None) => continue,
+                (MsiMode::Intercepted, Some(at)) => {
+                    let text = format!(
+                        "has doorbell={at} and msi=intercepted, whose doorbell is fixed; leave doorbell out, or add msi=mapped"
+                    );
+                    return wrong(unit, text);
+                }
+                (MsiMode::Mapped, at) => at.unwrap_or(Address(X86_MSI.first)),
+            };
+            if unit.kind == ViommuKind::Vtd {
+                let text = "has msi=mapped, but a VT-d unit takes interrupt messages before it translates; leave msi out, or use type=virtio";
+                return wrong(unit, text.into());
+            }
+            let last = at.0 | (doorbell::WINDOW - 1);
+            let taken = ARCHITECTURAL.iter().find(|(range, _)| {
+                at.0 != X86_MSI.first && range.overlaps(Range::new(at.0.min(last), last))
+            });
+            if at.0 % doorbell::WINDOW != 0 || at.0 <= BOOT_AREA.last || at.0 >> 46 != 0 {
+                let text =
+                    format!("has doorbell={at}; give a multiple of 0x100000 from 0x1000000 to 64T");
+                return wrong(unit, text);
+            }
+            if let Some((range, what)) = taken {
+                let text = format!(
+                    "has doorbell={at}, where {what} are ({range}); give another place, or 0xfee00000"
+                );
+                return wrong(unit, text);
+            }
+            if let Some(other) = before.filter(|other| other.doorbell != unit.doorbell) {
+                let text = format!(
+                    "has another doorbell than viommu id={}; give both the same",
+                    other.id
+                );
+                return wrong(unit, text);
+            }
+            before = Some(unit);
+        }
+        Ok(())
+    }
+
+    /// The doorbell that guests have to map, if a vIOMMU has one.
+    pub fn doorbell(&self) -> Option<Doorbell> {
+        let mut mapped = self.viommus.iter().filter(|u| u.msi == MsiMode::Mapped);
+        let at = mapped.next()?.doorbell.map_or(X86_MSI.first, |at| at.0);
+        Some(Doorbell::Mapped(Gpa(at)))
+    }
+
     fn check_viommus(&self) -> Result<(), ConfigError> {
         if self.viommus.len() > MAX_UNITS {
             return Err(ConfigError(format!(
@@ -542,6 +598,7 @@ impl VmConfig {
                 unit.id
             )));
         }
+        self.check_doorbells()?;
         for behind in self.behind() {
             if let Behind::Named(id) = behind
                 && self.viommus.iter().all(|unit| unit.id != id)

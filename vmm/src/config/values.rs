@@ -191,6 +191,56 @@ impl OptionValue for Size {
     }
 }
 
+/// A guest-physical address: `0x8000000`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+#[serde(try_from = "NumberOrText", into = "String")]
+pub struct Address(pub u64);
+
+/// How an address is written in JSON.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum NumberOrText {
+    Number(u64),
+    Text(String),
+}
+
+impl TryFrom<NumberOrText> for Address {
+    type Error = String;
+
+    fn try_from(written: NumberOrText) -> Result<Self, String> {
+        let text = match written {
+            NumberOrText::Number(number) => return Ok(Self(number)),
+            NumberOrText::Text(text) => text,
+        };
+        let digits = text.strip_prefix("0x").unwrap_or("");
+        let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
+        let number = u64::from_str_radix(digits, 16).ok().filter(|_| plain);
+        let wrong = || format!("{text:?} is not an address: write for example 0x8000000");
+        number.map(Self).ok_or_else(wrong)
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> Self {
+        address.to_string()
+    }
+}
+
+impl OptionValue for Address {
+    const SYNTAX: &'static str = "ADDR";
+    const MUST: &'static str = "an address, for example 0x8000000";
+
+    fn to_option(&self) -> Option<String> {
+        Some(self.to_string())
+    }
+}
+
 /// A MAC address, as `52:54:00:12:34:56`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

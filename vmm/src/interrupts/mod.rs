@@ -17,6 +17,7 @@
 
 mod blocked;
 pub mod controller;
+pub mod doorbell;
 pub mod remapping;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

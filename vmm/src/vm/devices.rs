@@ -407,7 +407,7 @@ impl Devices {
                 self.plug_virtio(slot, device.at(Step::Open)?, behind)?
             }
             New::Test(device) => {
-                let remapper = self.viommus.remapper(behind);
+                let remapper = self.viommus.remapper_of(slot.rid(), behind);
                 let msi = self.interrupts.source(slot.rid(), remapper.clone());
                 let features = Features {
                     pasid_bits: device.pasid_bits,
@@ -448,7 +448,8 @@ impl Devices {
         behind: Behind<'_>,
     ) -> Result<Rid, AddError> {
         let rid = slot.rid();
-        let msi = self.interrupts.source(rid, self.viommus.remapper(behind));
+        let remapper = self.viommus.remapper_of(rid, behind);
+        let msi = self.interrupts.source(rid, remapper);
         let port = self
             .viommus
             .port(rid, behind, EndpointConfig::default())

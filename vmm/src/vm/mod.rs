@@ -48,7 +48,7 @@ use crate::interrupts::Interrupts;
 use crate::kvm::cpuid::{self, Paging};
 use crate::kvm::vcpu::{EventLine, Exits, GuestEvent, VcpuThreads};
 use crate::kvm::{self, Host, KvmError, registers};
-use crate::memory::layout::{self, IOAPIC, LayoutError};
+use crate::memory::layout::{self, HostReserved, IOAPIC, LayoutError};
 use crate::memory::ram::{self, RamError};
 use crate::terminal::RawMode;
 
@@ -117,8 +117,12 @@ impl Vm {
         let progress = &shared.progress;
         progress.step("guest memory");
         let size = config.memory.size.0;
-        let reserved = passthrough::reserved(&config.devices, config.platform.reserve)
+        let mut reserved = passthrough::reserved(&config.devices, config.platform.reserve)
             .map_err(DeviceError::from)?;
+        reserved.extend(config.doorbell().map(|doorbell| HostReserved {
+            what: "the MSI doorbell (viommu msi=mapped)".into(),
+            regions: [doorbell.region()].into_iter().collect(),
+        }));
         let layout = layout::compose(size, host_kvm.address_width(), &reserved)?;
         let ram = ram::allocate(&config.memory, &layout)?;
         let memory_map = boot::memory_map(&layout);

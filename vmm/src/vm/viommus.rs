@@ -3,8 +3,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Weak};
 
 use devices::bus::{Bus, BusDevice, BusError};
 use devices::passthrough::Before;
@@ -14,8 +14,9 @@ use viommu::backend::iommufd::HostIommu;
 use viommu::backend::software::{Config, EndpointConfig, Engine};
 use viommu::backend::{Backend, Capabilities, Refused};
 use viommu::dma::DmaPort;
+use viommu::doorbell::Doorbell;
 use viommu::pasid;
-use viommu::reserved::Regions;
+use viommu::reserved::{Regions, X86_MSI};
 use viommu::spec::vtd::dmar::{Dmar, Drhd, Oem, Scope};
 use viommu::virtio::viot::{self, Topology, TopologyError};
 use viommu::virtio::{self, Iommu, Snapshot};
@@ -23,13 +24,14 @@ use viommu::vtd::{
     self, Connections, InterruptRemapper, Mode, REGISTERS_SIZE, Unit, UnitConfig, UnitState,
     Unsupported, check_agreement,
 };
-use viommu::{GuestRam, Rid};
+use viommu::{Gpa, GuestRam, Rid};
 
 use super::observed::{Observed, Told};
 use super::pasids::VmPasids;
 use super::slots::{Home, Slots};
-use crate::config::{Behind, UnitMode, ViommuConfig, ViommuKind, VmConfig};
+use crate::config::{Behind, MsiMode, UnitMode, ViommuConfig, ViommuKind, VmConfig};
 use crate::control::Events;
+use crate::interrupts::doorbell::MappedDoorbell;
 use crate::interrupts::remapping::{RemappingState, RemappingUnit};
 use crate::interrupts::{Interrupts, Remapper};
 use crate::kvm::cpuid::Paging;
@@ -110,6 +112,9 @@ pub(super) struct Viommus {
     address_width: u8,
     pasids: Arc<VmPasids>,
     told: Told,
+    interrupts: Arc<Interrupts>,
+    /// Of endpoints whose doorbell is mapped; as long as they are there.
+    doorbells: BTreeMap<Rid, Weak<MappedDoorbell>>,
 }
 
 /// A vIOMMU and its place in the guest.
@@ -122,6 +127,8 @@ struct Placed {
     /// that it knows endpoints of the same back end by it.
     engine: Arc<Observed>,
     host: Option<Arc<Observed>>,
+    /// How interrupts from behind it reach their doorbell.
+    doorbell: Doorbell,
 }
 
 /// What the guest sees of a vIOMMU.
@@ -188,6 +195,10 @@ impl Viommus {
             ram.clone(),
             Config {
                 host_address_width: layout.address_width,
+                doorbell: configs.iter().find_map(|config| match doorbell(config) {
+                    Doorbell::Mapped(first) => Some(first),
+                    Doorbell::Intercepted => None,
+                }),
                 ..Config::for_ram(ram)
             },
         );
@@ -203,6 +214,8 @@ impl Viommus {
             address_width: layout.address_width,
             pasids: Arc::new(VmPasids::new(&vm.platform)),
             told: Told::default(),
+            interrupts: interrupts.clone(),
+            doorbells: BTreeMap::new(),
         };
         for (n, config) in configs.iter().enumerate() {
             let front = match config.kind {
@@ -218,6 +231,7 @@ impl Viommus {
                 front,
                 endpoints: Vec::new(),
                 vcmd: config.vcmd,
+                doorbell: doorbell(config),
             });
         }
         Ok(viommus)
@@ -280,6 +294,7 @@ impl Viommus {
                 bypass: config.bypass,
                 attach_table: config.attach_table,
                 gpa_bits: offer.gpa_bits.min(self.address_width),
+                doorbell: doorbell(config),
                 ..offer
             })),
             // From the end of the bus, so that other devices have the same place with and without.
@@ -309,13 +324,18 @@ impl Viommus {
         &mut self,
         rid: Rid,
         behind: Behind<'_>,
-        endpoint: EndpointConfig,
+        mut endpoint: EndpointConfig,
     ) -> Result<DmaPort, ViommuError> {
+        let mapped = self.mapped_doorbell(rid, behind);
         // The configuration was validated: a device that names a vIOMMU finds it.
         let Some(placed) = self.find(behind).and_then(|at| self.placed.get_mut(at)) else {
             return Ok(DmaPort::direct(self.ram.clone()));
         };
         self.pasids.limit(endpoint.pasid_bits)?;
+        endpoint.doorbell = placed.doorbell;
+        if let Some(mapped) = mapped {
+            endpoint.messages = Some(mapped);
+        }
         let port = self.engine.add_endpoint(rid, endpoint)?;
         let engine = placed.engine.clone();
         if let Err(why) = placed.front.add(rid, engine, Regions::new()) {
@@ -404,6 +424,33 @@ impl Viommus {
             matches!(placed.front, FrontEnd::Vtd { .. }) && placed.endpoints.is_empty()
         });
         bare.map(|(at, _)| at).collect()
+    }
+
+    /// Who remaps the interrupts of the emulated device `rid`, which is there or will be.
+    pub(super) fn remapper_of(
+        &mut self,
+        rid: Rid,
+        behind: Behind<'_>,
+    ) -> Option<Arc<dyn Remapper>> {
+        match self.mapped_doorbell(rid, behind) {
+            Some(mapped) => Some(mapped),
+            None => self.remapper(behind),
+        }
+    }
+
+    /// What leads the interrupts of `rid` to a doorbell that is mapped, if it is.
+    fn mapped_doorbell(&mut self, rid: Rid, behind: Behind<'_>) -> Option<Arc<MappedDoorbell>> {
+        let placed = self.placed.get(self.find(behind)?)?;
+        if placed.doorbell == Doorbell::Intercepted {
+            return None;
+        }
+        self.doorbells.retain(|_, known| known.strong_count() > 0);
+        if let Some(known) = self.doorbells.get(&rid).and_then(Weak::upgrade) {
+            return Some(known);
+        }
+        let new = MappedDoorbell::new(rid, self.engine.downgrade(), &self.interrupts);
+        self.doorbells.insert(rid, Arc::downgrade(&new));
+        Some(new)
     }
 
     /// Who remaps the interrupts of a device that is there.
@@ -603,6 +650,13 @@ fn mode_of_units(vm: &VmConfig, nests: bool) -> UnitMode {
         "the host's IOMMU cannot nest: the guest's has legacy mode, and its tables are mirrored"
     );
     UnitMode::Legacy
+}
+
+fn doorbell(config: &ViommuConfig) -> Doorbell {
+    match config.msi {
+        MsiMode::Intercepted => Doorbell::Intercepted,
+        MsiMode::Mapped => Doorbell::Mapped(Gpa(config.doorbell.map_or(X86_MSI.first, |at| at.0))),
+    }
 }
 
 fn unit_config(config: &ViommuConfig, mode: UnitMode) -> UnitConfig {

@@ -34,7 +34,7 @@ mod tests;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -95,6 +95,18 @@ pub struct Engine {
     shared: Arc<Shared>,
 }
 
+/// An [`Engine`] that may be gone: for what the engine itself holds.
+#[derive(Clone)]
+pub struct WeakEngine(Weak<Shared>);
+
+impl WeakEngine {
+    /// The engine, while there is one.
+    pub fn upgrade(&self) -> Option<Engine> {
+        let shared = self.0.upgrade()?;
+        Some(Engine { shared })
+    }
+}
+
 /// What the engine's clones and its ports share.
 struct Shared {
     ram: Ram,
@@ -149,6 +161,11 @@ impl Engine {
                 next_domain: AtomicU32::new(0),
             }),
         }
+    }
+
+    /// The engine without a hold on it.
+    pub fn downgrade(&self) -> WeakEngine {
+        WeakEngine(Arc::downgrade(&self.shared))
     }
 
     /// Adds an emulated endpoint; its DMA goes through the returned port (and clones of it, one
