@@ -15,7 +15,8 @@ pub const TESTS: &[Test] = &[
     Test::new("stock_7_2_moves_them_between_8_cpus_under_load", |lab| {
         remapped(lab, "7.2", 8)
     })
-    .limit(400),
+    .limit(400)
+    .on_request(),
     Test::new("stock_6_12_moves_them_under_load", |lab| {
         remapped(lab, "6.12", 4)
     })
@@ -30,10 +31,12 @@ pub const TESTS: &[Test] = &[
         "forged_ones_are_faults_and_vfio_needs_no_unsafe_option",
         |lab| engine(lab, "6.12"),
     )
-    .limit(500),
+    .limit(500)
+    .on_request(),
     Test::new("an_nvme_drive_sends_them_behind_remapping", nvme)
         .profile("vtd")
-        .limit(400),
+        .limit(400)
+        .on_request(),
 ];
 
 const HOST: &str = "192.168.81.1";

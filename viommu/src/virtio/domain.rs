@@ -9,6 +9,7 @@ use crate::backend::Mapping;
 use crate::doorbell::permits;
 use crate::reserved::{Kind, Regions};
 use crate::spec::virtio_iommu::Status;
+use crate::{Gpa, Iova};
 
 /// What requests are checked against; frozen when the device is made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -47,6 +47,11 @@ pub struct UnitConfig {
     pub nested: bool,
     /// Until the guest enables translation, DMA passes unchanged rather than not at all.
     pub bypass: bool,
+    /// The unit remaps interrupts and nothing else: no address width is supported (SAGAW), so
+    /// that the guest does not have it translate, and what is behind it does DMA as if it were
+    /// behind nothing.
+    #[serde(skip)]
+    pub interrupts_only: bool,
 }
 
 impl Default for UnitConfig {
@@ -59,6 +64,7 @@ impl Default for UnitConfig {
             interrupt_remapping: false,
             nested: false,
             bypass: false,
+            interrupts_only: false,
         }
     }
 }
@@ -237,6 +243,10 @@ impl Offer {
             }
             // Linux takes the widths that both stages have, and first-stage tables have no 39.
             sagaw |= 2 << 1;
+        }
+
+        if config.interrupts_only {
+            sagaw = 0;
         }
 
         let most = if scalable { have.pasid_bits.min(20) } else { 0 };
@@ -627,6 +637,24 @@ mod tests {
             "{text}"
         );
         assert!(check_agreement([&a, &a.clone()]).is_err());
+    }
+
+    #[test]
+    fn a_unit_for_interrupts_only_offers_no_width_and_remaps() {
+        let config = UnitConfig {
+            mode: Mode::Legacy,
+            interrupt_remapping: true,
+            interrupts_only: true,
+            ..UnitConfig::default()
+        };
+        let extras = Extras {
+            interrupt_remapping: true,
+            pasid_allocation: false,
+        };
+        let offer = Offer::compose(&config, [], extras).unwrap();
+        // What Linux looks at: no SAGAW and no SMTS, so it does not translate.
+        assert_eq!((offer.cap.sagaw(), offer.ecap.smts()), (0, false));
+        assert!(offer.ecap.ir() && offer.ecap.eim() && offer.ecap.qi());
     }
 
     #[test]

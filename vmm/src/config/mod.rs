@@ -265,8 +265,9 @@ pub const MIN_MEMORY: Size = Size::mib(16);
 /// memory can be backed by them.
 pub const MEMORY_UNIT: Size = Size::mib(2);
 
-/// The most vIOMMUs: the register pages of VT-d units have this much room.
-pub const MAX_UNITS: usize = (VTD_UNITS.len() >> 12) as usize;
+/// The most vIOMMUs: the register pages of VT-d units have this much room, of which one is for the
+/// unit that only remaps interrupts.
+pub const MAX_UNITS: usize = (VTD_UNITS.len() >> 12) as usize - 1;
 
 /// Which vIOMMU a device is behind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

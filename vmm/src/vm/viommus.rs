@@ -115,6 +115,9 @@ pub(super) struct Viommus {
     interrupts: Arc<Interrupts>,
     /// Of endpoints whose doorbell is mapped; as long as they are there.
     doorbells: BTreeMap<Rid, Weak<MappedDoorbell>>,
+    /// With interrupt remapping: the unit of everything that is behind no other, which remaps
+    /// interrupts only. Where some are remapped, Linux gives none to a function without a unit.
+    rest: Option<FrontEnd>,
 }
 
 /// A vIOMMU and its place in the guest.
@@ -195,7 +198,7 @@ impl Viommus {
             ram.clone(),
             Config {
                 host_address_width: layout.address_width,
-                doorbell: configs.iter().find_map(|config| match doorbell(config) {
+                doorbell: vm.viommus.iter().find_map(|config| match doorbell(config) {
                     Doorbell::Mapped(first) => Some(first),
                     Doorbell::Intercepted => None,
                 }),
@@ -216,6 +219,7 @@ impl Viommus {
             told: Told::default(),
             interrupts: interrupts.clone(),
             doorbells: BTreeMap::new(),
+            rest: None,
         };
         for (n, config) in configs.iter().enumerate() {
             let front = match config.kind {
@@ -233,6 +237,18 @@ impl Viommus {
                 vcmd: config.vcmd,
                 doorbell: doorbell(config),
             });
+        }
+        let remaps = |c: &&ViommuConfig| c.kind == ViommuKind::Vtd && c.interrupt_remapping;
+        if configs.iter().any(|config| remaps(&config)) {
+            let rest = UnitConfig {
+                id: "interrupts".into(),
+                mode: Mode::Legacy,
+                interrupt_remapping: true,
+                interrupts_only: true,
+                ..UnitConfig::default()
+            };
+            let at = configs.len();
+            viommus.rest = Some(viommus.vtd_unit(at, rest, false, interrupts, mmio)?);
         }
         Ok(viommus)
     }
@@ -455,7 +471,9 @@ impl Viommus {
 
     /// Who remaps the interrupts of a device that is there.
     pub(super) fn remapper(&self, behind: Behind<'_>) -> Option<Arc<dyn Remapper>> {
-        self.placed.get(self.find(behind)?)?.front.remapper()
+        let placed = self.find(behind).and_then(|at| self.placed.get(at));
+        let own = placed.and_then(|placed| placed.front.remapper());
+        own.or_else(|| self.rest.as_ref()?.remapper())
     }
 
     fn find(&self, behind: Behind<'_>) -> Option<usize> {
@@ -518,6 +536,15 @@ impl Viommus {
                 }
             }
         }
+        if let Some(FrontEnd::Vtd { unit, base, .. }) = &self.rest {
+            unit.freeze();
+            // The last, as it must be: what no scope before it names.
+            units.push(Drhd {
+                include_pci_all: true,
+                register_base: *base,
+                scopes: Vec::new(),
+            });
+        }
         if let Some(bits) = pasid_bits {
             self.pasids.open(bits)?;
         }
@@ -539,7 +566,8 @@ impl Viommus {
 
     /// The front ends, to ask for their state.
     pub(super) fn front_ends(&self) -> Vec<FrontEnd> {
-        self.placed.iter().map(|p| p.front.clone()).collect()
+        let placed = self.placed.iter().map(|p| &p.front);
+        placed.chain(&self.rest).cloned().collect()
     }
 }
 
@@ -671,6 +699,7 @@ fn unit_config(config: &ViommuConfig, mode: UnitMode) -> UnitConfig {
         interrupt_remapping: config.interrupt_remapping,
         nested: config.nested,
         bypass: config.bypass,
+        interrupts_only: false,
     }
 }
 

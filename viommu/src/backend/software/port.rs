@@ -402,7 +402,12 @@ impl Access<'_> {
         self.announce(msi.address, 4)?;
         let space = self.port.state.space.load();
         let missed = FaultCause::Doorbell(Gpa(doorbell.region().first));
-        let gpa = space.doorbell(self.walker(None), msi.address);
+        let walker = Walker {
+            ram: &self.port.shared.ram,
+            haw: self.port.shared.config.host_address_width,
+            cache: None,
+        };
+        let gpa = space.doorbell(walker, msi.address);
         let own = gpa.ok().filter(|&gpa| gpa == msi.address);
         let message = own.and_then(|gpa| doorbell.message(gpa, msi.data));
         message.ok_or(missed)
