@@ -1,5 +1,8 @@
 use proptest::prelude::*;
 
+use viommu::Gpa;
+use viommu::doorbell::Doorbell;
+
 use super::*;
 
 fn parse(options: &[(&str, &str)]) -> Result<VmConfig, SchemaError> {
@@ -167,6 +170,38 @@ fn a_device_behind_the_default_viommu_gets_one() {
     ]);
     assert_eq!(named.viommus.len(), 2);
     assert_eq!(named.viommus[1].address_width, Some(39));
+}
+
+#[test]
+fn a_doorbell_is_mapped_where_it_can_be_and_is_the_same_for_all() {
+    let unit = |text: &str| {
+        let mut builder = Builder::default();
+        builder.option("kernel", "k").unwrap();
+        for one in text.split(';') {
+            builder.option("viommu", one).unwrap();
+        }
+        builder.build().unwrap().validate()
+    };
+    let at = |text: &str| unit(text).unwrap().doorbell();
+    assert_eq!(at("type=virtio"), None);
+    let in_place = Some(Doorbell::Mapped(Gpa(0xfee0_0000)));
+    assert_eq!(at("type=virtio,msi=mapped"), in_place);
+    let moved = Some(Doorbell::Mapped(Gpa(0x800_0000)));
+    assert_eq!(at("type=virtio,msi=mapped,doorbell=0x8000000"), moved);
+    for (text, word) in [
+        ("msi=mapped", "type=virtio"),
+        ("type=virtio,doorbell=0x8000000", "msi=mapped"),
+        ("type=virtio,msi=mapped,doorbell=0x8000001", "0x100000"),
+        ("type=virtio,msi=mapped,doorbell=0x100000", "0x1000000"),
+        ("type=virtio,msi=mapped,doorbell=0xfec00000", "chipset"),
+        (
+            "type=virtio,id=a,msi=mapped;type=virtio,id=b,msi=mapped,doorbell=0x8000000",
+            "id=a",
+        ),
+    ] {
+        let error = unit(text).unwrap_err().to_string();
+        assert!(error.contains(word), "{text}: {error}");
+    }
 }
 
 #[test]
