@@ -43,6 +43,7 @@ pub struct FaultCounters {
 
 /// An interrupt that was lost since the guest had not mapped the doorbell to itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct MissedDoorbell {
     /// Whose.
     pub endpoint: Rid,

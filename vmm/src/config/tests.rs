@@ -143,7 +143,7 @@ fn a_configuration_that_makes_no_sense_is_refused() {
         (vec![("test-device", "pasid_bits=21")], "give 0 to 20"),
         (vec![("viommu", "type=virtio,nested=on")], "has no nested"),
         (vec![("viommu", "id=x"), ("viommu", "id=x")], "given twice"),
-        (vec![("viommu", "id=x"); 17], "at most 16"),
+        (vec![("viommu", "id=x"); 17], "at most 15"),
     ] {
         let mut all = vec![("kernel", "k")];
         all.extend(options);

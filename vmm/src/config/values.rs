@@ -239,6 +239,10 @@ impl OptionValue for Address {
     fn to_option(&self) -> Option<String> {
         Some(self.to_string())
     }
+
+    fn json_schema() -> Value {
+        json!({ "type": "string", "pattern": "^0x[0-9a-fA-F]{1,16}$" })
+    }
 }
 
 /// A MAC address, as `52:54:00:12:34:56`.
