@@ -12,6 +12,7 @@ use viommu::backend::{
     Backend, Capabilities, EventSink, Fault, Invalidation, Mapping, Objects, PageRequest,
     PageResponse, Refused, Translation,
 };
+use viommu::doorbell::Doorbell;
 use viommu::{DomainId, Iova, Pasid, Rid, Target};
 
 use crate::control::{Event, Events};
@@ -141,6 +142,10 @@ impl Backend for Observed {
 
     fn unmap(&self, domain: DomainId, first: Iova, last: Iova) -> Result<u64, Refused> {
         self.back_end.unmap(domain, first, last)
+    }
+
+    fn doorbell(&self, endpoint: Rid) -> Doorbell {
+        self.back_end.doorbell(endpoint)
     }
 
     fn objects(&self) -> Objects {
