@@ -103,6 +103,9 @@ impl<T: OptionValue> OptionValue for Option<T> {
         if let Some(kind @ Value::String(_)) = schema.get_mut("type") {
             *kind = json!([kind.clone(), "null"]);
         }
+        if let Some(Value::Array(words)) = schema.get_mut("enum") {
+            words.push(Value::Null);
+        }
         schema
     }
 }
