@@ -311,6 +311,14 @@ impl Machine {
         self.client.is_some()
     }
 
+    /// Whether the agent that was reached answers within a second.
+    pub fn pings(&mut self) -> bool {
+        let limit = Duration::from_secs(1);
+        self.client
+            .as_mut()
+            .is_some_and(|client| client.ping(limit).is_ok())
+    }
+
     /// nestling's process.
     pub fn pid(&self) -> u32 {
         self.child.id()
