@@ -176,10 +176,10 @@ mod tests {
     fn guest_memory_is_not_counted() {
         let me = std::process::id();
         let before = holding(me).unwrap();
-        // SAFETY: the name ends with a NUL, and the descriptor is nobody else's.
-        let mut guest = unsafe {
-            fs::File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC))
-        };
+        // SAFETY: the name ends with a NUL.
+        let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
+        // SAFETY: the descriptor is new and nobody else's.
+        let mut guest = unsafe { fs::File::from_raw_fd(fd) };
         guest.write_all(&vec![1; 8 << 20]).unwrap();
         assert_eq!(memfds_kib(me), 8 << 10);
         let after = holding(me).unwrap();
