@@ -492,7 +492,7 @@ pub fn sva(address: &str, processes: u64) -> Result<()> {
 /// Where every process has its buffers.
 pub(crate) const SHARED_PLACE: usize = 0x6000_0000_0000;
 
-/// One process of [`sva`].
+/// One process of [`sva()`].
 ///
 /// # Errors
 /// What does not hold.
