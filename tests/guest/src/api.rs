@@ -12,8 +12,7 @@ use crate::harness::{Guest, Lab, Machine, Test, show};
 pub const TESTS: &[Test] = &[Test::new(
     "a_client_pauses_resumes_presses_the_button_and_reboots",
     lifecycle,
-)
-.on_request()];
+)];
 
 fn lifecycle(lab: &Lab) -> Result<()> {
     let guest = Guest::lab_kernel().cpus(2).memory("size=512M").api(lab);

@@ -203,9 +203,10 @@ impl Plugging {
         );
         ensure!(
             held(&now.holding) == held(&before.holding),
-            "nestling held {:?}, now it holds {:?}",
+            "nestling held {:?}, now it holds {:?}: {:#?}",
             before.holding,
-            now.holding
+            now.holding,
+            process::descriptors(self.guest.pid())
         );
         Ok(())
     }

@@ -21,8 +21,7 @@ pub const TESTS: &[Test] = &[
     Test::new("stock_6_12_moves_them_under_load", |lab| {
         remapped(lab, "6.12", 4)
     })
-    .limit(400)
-    .on_request(),
+    .limit(400),
     Test::new("stock_6_1_moves_them_under_load", |lab| {
         remapped(lab, "6.1", 4)
     })
@@ -32,12 +31,10 @@ pub const TESTS: &[Test] = &[
         "forged_ones_are_faults_and_vfio_needs_no_unsafe_option",
         |lab| engine(lab, "6.12"),
     )
-    .limit(500)
-    .on_request(),
+    .limit(500),
     Test::new("an_nvme_drive_sends_them_behind_remapping", nvme)
         .profile("vtd")
-        .limit(400)
-        .on_request(),
+        .limit(400),
 ];
 
 const HOST: &str = "192.168.81.1";

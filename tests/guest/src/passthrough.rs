@@ -53,8 +53,7 @@ pub const TESTS: &[Test] = &[
         |lab| behind_virtio(lab, "iommu.strict=1", "DMA"),
     )
     .profile("vtd")
-    .limit(400)
-    .on_request(),
+    .limit(400),
     Test::new(
         "a_drive_with_its_driver_comes_back_from_a_reboot_behind_a_virtio_iommu",
         reboots_with_its_driver,
@@ -68,8 +67,7 @@ pub const TESTS: &[Test] = &[
         |lab| behind_virtio(lab, "iommu.passthrough=1", "identity"),
     )
     .profile("vtd")
-    .limit(400)
-    .on_request(),
+    .limit(400),
     Test::new("a_network_card_works_behind_second_stage_tables", |lab| {
         let unit = "type=vtd,mode=legacy";
         network(lab, "intel_iommu=on", unit, "DMA", 256 << 10)

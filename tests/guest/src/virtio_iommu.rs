@@ -30,21 +30,18 @@ pub const TESTS: &[Test] = &[
             let first = "agent.modprobe=virtio_iommu iommu.strict=1";
             Behind::new(Guest::debian("6.12").cmdline(first)).works(lab)
         },
-    )
-    .on_request(),
+    ),
     Test::new("stock_7_2_works_strict", |lab| {
         Behind::new(Guest::debian("7.2").cmdline("iommu.strict=1"))
             .late()
             .works(lab)
-    })
-    .on_request(),
+    }),
     Test::new("stock_6_12_works_lazy", |lab| {
         Behind::new(Guest::debian("6.12").cpus(2))
             .late()
             .lazy()
             .works(lab)
-    })
-    .on_request(),
+    }),
     Test::new(
         "passthrough_is_one_bypass_domain_and_reboots_leave_nothing",
         identity,
@@ -75,8 +72,7 @@ pub const TESTS: &[Test] = &[
             Guest::debian("7.2").cmdline("agent.modprobe=virtio_iommu"),
         )
     })
-    .limit(400)
-    .on_request(),
+    .limit(400),
     Test::new("an_engine_moves_between_address_spaces_of_iommufd", iommufd),
 ];
 

@@ -129,7 +129,8 @@ struct Placed {
     /// The software engine and, once there is one, the host's IOMMU, as it sees them: one each, so
     /// that it knows endpoints of the same back end by it.
     engine: Arc<Observed>,
-    host: Option<Arc<Observed>>,
+    /// The host's, for as long as an endpoint of it is there.
+    host: Weak<Observed>,
     /// How interrupts from behind it reach their doorbell.
     doorbell: Doorbell,
 }
@@ -231,7 +232,7 @@ impl Viommus {
             let engine = Arc::new(viommus.engine.clone());
             viommus.placed.push(Placed {
                 engine: Observed::new(engine, front.id(), &viommus.told),
-                host: None,
+                host: Weak::new(),
                 front,
                 endpoints: Vec::new(),
                 vcmd: config.vcmd,
@@ -374,11 +375,12 @@ impl Viommus {
             return Ok(());
         };
         self.pasids.limit(host.pasid_bits(rid))?;
-        let back_end = placed.host.get_or_insert_with(|| {
-            let host = host.clone();
-            Observed::new(host, placed.front.id(), &self.told)
+        let back_end = placed.host.upgrade().unwrap_or_else(|| {
+            let new = Observed::new(host.clone(), placed.front.id(), &self.told);
+            placed.host = Arc::downgrade(&new);
+            new
         });
-        placed.front.add(rid, back_end.clone(), host.reserved())?;
+        placed.front.add(rid, back_end, host.reserved())?;
         placed.endpoints.push(rid);
         Ok(())
     }

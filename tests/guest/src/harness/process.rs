@@ -39,6 +39,20 @@ pub fn holding(pid: u32) -> Result<Holding> {
     })
 }
 
+/// What each descriptor of a process is, for the report of one that was left behind.
+pub fn descriptors(pid: u32) -> Vec<String> {
+    let folder = fs::read_dir(format!("/proc/{pid}/fd"));
+    let mut names: Vec<String> = folder
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .map(|name| name.to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
 /// What the memfds of a process hold, in KiB: guest memory is one, in nestling and as we start
 /// QEMU. (The lab's kernel has no `/proc/PID/smaps`, which would tell it more directly.)
 fn memfds_kib(pid: u32) -> u64 {
