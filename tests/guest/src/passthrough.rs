@@ -268,7 +268,14 @@ fn network(lab: &Lab, cmdline: &str, unit: &str, wanted: &str, length: u64) -> R
         "for i in $(seq 15); do ping -c 1 -W 1 {HOST} && exit 0; done; exit 1"
     ))?;
     // Little: where each packet costs two exits and a change of tables, all of it is emulated.
-    exchange(lab, &mut guest, HOST, length)?;
+    if let Err(why) = exchange(lab, &mut guest, HOST, length) {
+        let counted = "cat /proc/interrupts; cat /proc/net/dev; cat /proc/net/tcp; dmesg | tail -n 20";
+        let peer = fs::read_to_string("/proc/net/dev")?;
+        let seen = guest.run(counted)?;
+        std::thread::sleep(Duration::from_secs(5));
+        let later = guest.run("cat /proc/interrupts; cat /proc/net/dev")?;
+        bail!("{why:#}\nthe guest:\n{seen}\nfive seconds later:\n{later}\nthe host:\n{peer}");
+    }
     match unit {
         "type=virtio" => in_a_domain(&guest.viommus()?, wanted == "identity")?,
         _ => translation_is(&guest.viommus()?, "stage2")?,

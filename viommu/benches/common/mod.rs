@@ -16,6 +16,7 @@ use viommu::backend::{
     Backend, Capabilities, EventSink, Invalidation, Mapping, Objects, PageResponse, Refused,
     Translation,
 };
+use viommu::doorbell::Doorbell;
 use viommu::spec::virtio_iommu::{ReqAttach, ReqDetach, ReqHead, ReqMap, ReqUnmap, req_type};
 use viommu::{DomainId, Iova, Rid, Target};
 use zerocopy::IntoBytes;
@@ -87,6 +88,10 @@ impl Backend for Nothing {
     }
     fn invalidate(&self, batch: &[Invalidation]) -> usize {
         black_box(batch).len()
+    }
+    fn drain_page_requests(&self) {}
+    fn doorbell(&self, _: Rid) -> Doorbell {
+        Doorbell::Intercepted
     }
     fn respond(&self, _: PageResponse) {}
     fn create_domain(&self) -> Result<DomainId, Refused> {

@@ -500,7 +500,7 @@ pub trait Backend: Send + Sync {
     /// end. Those of a back end that hands them on as they come are; one that keeps them in a
     /// queue calls [`EventSink::page_request`] meanwhile, on this thread or another. The caller
     /// holds no lock that its sink takes.
-    fn drain_page_requests(&self) {}
+    fn drain_page_requests(&self);
 
     /// Answers a page request group. Unknown groups are ignored (the endpoint may be gone).
     fn respond(&self, response: PageResponse);
@@ -530,9 +530,7 @@ pub trait Backend: Send + Sync {
 
     /// How the interrupts of `endpoint` reach their doorbell: a front end tells its guest, and
     /// has it map what must be mapped.
-    fn doorbell(&self, _endpoint: Rid) -> Doorbell {
-        Doorbell::Intercepted
-    }
+    fn doorbell(&self, endpoint: Rid) -> Doorbell;
 
     /// How much is held, for `vm.viommu` and for the tests that count.
     fn objects(&self) -> Objects;

@@ -10,6 +10,7 @@ use crate::backend::{
     Backend, Capabilities, EventSink, Invalidation, Mapping, Objects, PageResponse, Refused,
     Translation,
 };
+use crate::doorbell::Doorbell;
 use crate::spec::virtio_iommu::{
     ReqAttach, ReqDetach, ReqHead, ReqMap, ReqProbe, ReqUnmap, req_type,
 };
@@ -149,6 +150,12 @@ impl Backend for Recorder {
     fn invalidate(&self, batch: &[Invalidation]) -> usize {
         let refused = self.book().may_refuse().is_err();
         if refused { 0 } else { batch.len() }
+    }
+
+    fn drain_page_requests(&self) {}
+
+    fn doorbell(&self, _: Rid) -> Doorbell {
+        Doorbell::Intercepted
     }
 
     fn respond(&self, response: PageResponse) {

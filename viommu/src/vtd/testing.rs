@@ -15,6 +15,7 @@ use crate::backend::{
     Backend, Capabilities, EventSink, Fault, Invalidation, Mapping, Objects, PageRequest,
     PageResponse, Refused, Translation,
 };
+use crate::doorbell::Doorbell;
 use crate::interrupt::{Msi, MsiSink};
 use crate::spec::vtd::descriptor::{Words, kind};
 use crate::spec::vtd::registers as offset;
@@ -29,6 +30,7 @@ pub(crate) enum Call {
     Apply(Target, Translation),
     Invalidate(Vec<Invalidation>),
     Respond(PageResponse),
+    DrainPageRequests,
 }
 
 type Probe = Box<dyn Fn() -> u32 + Send>;
@@ -195,6 +197,14 @@ impl Backend for Recorder {
     fn invalidate(&self, batch: &[Invalidation]) -> usize {
         self.call(Call::Invalidate(batch.to_vec()));
         self.with(|inner| inner.short.take().unwrap_or(batch.len()))
+    }
+
+    fn drain_page_requests(&self) {
+        self.call(Call::DrainPageRequests);
+    }
+
+    fn doorbell(&self, _: Rid) -> Doorbell {
+        Doorbell::Intercepted
     }
 
     fn respond(&self, response: PageResponse) {

@@ -124,6 +124,10 @@ impl Backend for Observed {
         self.back_end.invalidate(batch)
     }
 
+    fn drain_page_requests(&self) {
+        self.back_end.drain_page_requests();
+    }
+
     fn respond(&self, response: PageResponse) {
         self.back_end.respond(response);
     }

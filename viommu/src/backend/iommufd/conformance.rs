@@ -10,6 +10,7 @@ use crate::backend::{
     Access, Backend, Capabilities, EventSink, Fault, Invalidation, Mapping, Objects, PageRequest,
     PageResponse, Refused, ResponseCode, Stage2, Translation,
 };
+use crate::doorbell::Doorbell;
 use crate::{DomainId, Gpa, Iova, Pasid, Rid, Target};
 
 /// The back end, with what the suite wants to do to it at particular calls.
@@ -89,6 +90,9 @@ impl Backend for Host {
     }
     fn drain_page_requests(&self) {
         self.bench.host.drain_page_requests();
+    }
+    fn doorbell(&self, endpoint: Rid) -> Doorbell {
+        self.bench.host.doorbell(endpoint)
     }
     fn respond(&self, response: PageResponse) {
         self.bench.host.respond(response);

@@ -24,6 +24,7 @@ use crate::backend::{
     Backend, Capabilities, EventSink, Invalidation, InvalidationRange, Mapping, Objects,
     PageResponse, Refused, Scope, Stage2, Translation,
 };
+use crate::doorbell::Doorbell;
 use crate::reserved::Regions;
 use crate::{DomainId, GuestRam, Iova, Pasid, Rid, Target};
 
@@ -589,6 +590,11 @@ impl Backend for HostIommu {
             }
         }
         took_effect
+    }
+
+    fn doorbell(&self, _: Rid) -> Doorbell {
+        // An IOMMU of x86 does not translate them.
+        Doorbell::Intercepted
     }
 
     fn drain_page_requests(&self) {

@@ -606,6 +606,9 @@ impl Backend for Engine {
         Ok(total)
     }
 
+    /// A port hands each request on before it returns to its device.
+    fn drain_page_requests(&self) {}
+
     fn doorbell(&self, endpoint: Rid) -> Doorbell {
         let endpoint = self.endpoint(endpoint);
         endpoint.map_or(Doorbell::Intercepted, |endpoint| endpoint.config.doorbell)

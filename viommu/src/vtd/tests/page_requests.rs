@@ -302,6 +302,23 @@ fn a_drain_is_done_when_requests_from_before_are_in_the_queue() {
 }
 
 #[test]
+fn a_drain_asks_each_back_end_once_also_one_that_came_late() {
+    let mut guest = bound();
+    let late = Recorder::new(CAPABLE);
+    for device in [9, 10] {
+        let rid = Rid::new(0, device, 0);
+        guest.unit.add_endpoint(rid, late.clone() as _).unwrap();
+    }
+    for backend in [&guest.backend, &late] {
+        backend.calls();
+    }
+    assert!(guest.submit(&[[u64::from(kind::WAIT) | 1 << 7, 0, 0, 0]]));
+    for backend in [&guest.backend, &late] {
+        assert_eq!(backend.calls(), [Call::DrainPageRequests]);
+    }
+}
+
+#[test]
 fn page_request_registers_are_not_there_when_not_offered() {
     let capabilities = crate::backend::Capabilities {
         page_requests: false,

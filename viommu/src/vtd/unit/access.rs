@@ -1,5 +1,6 @@
 //! The guest's reads and writes of the register page, and the commands that they give.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{Commands, Unit, lock, view};
@@ -271,7 +272,6 @@ impl Unit {
             registers,
             queue,
             targets,
-            backends,
             ..
         } = commands;
         // Only this sets it, with `commands` held; who clears it runs the queue after that.
@@ -286,9 +286,14 @@ impl Unit {
             owed: &|target, group| lock(&self.pages).queue.book.respond(target, group),
             // A request is put into the queue under this lock, whole.
             drain_page_requests: &|| {
-                backends
-                    .iter()
-                    .for_each(|backend| backend.drain_page_requests());
+                // Those of the endpoints that are there: some came late. A back end calls the unit
+                // meanwhile, so the lock is let go.
+                let mut backends: Vec<_> = lock(&self.pages).backends.values().cloned().collect();
+                backends.sort_by_key(|backend| Arc::as_ptr(backend).addr());
+                backends.dedup_by(|a, b| Arc::ptr_eq(a, b));
+                for backend in backends {
+                    backend.drain_page_requests();
+                }
                 drop(lock(&self.pages));
             },
         };
