@@ -269,7 +269,8 @@ fn network(lab: &Lab, cmdline: &str, unit: &str, wanted: &str, length: u64) -> R
     ))?;
     // Little: where each packet costs two exits and a change of tables, all of it is emulated.
     if let Err(why) = exchange(lab, &mut guest, HOST, length) {
-        let counted = "cat /proc/interrupts; cat /proc/net/dev; cat /proc/net/tcp; dmesg | tail -n 20";
+        let counted =
+            "cat /proc/interrupts; cat /proc/net/dev; cat /proc/net/tcp; dmesg | tail -n 20";
         let peer = fs::read_to_string("/proc/net/dev")?;
         let seen = guest.run(counted)?;
         std::thread::sleep(Duration::from_secs(5));

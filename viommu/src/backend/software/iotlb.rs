@@ -92,11 +92,14 @@ impl Place<'_> {
 
 /// A set-associative table of 64-bit values, keyed by addresses of pages of 2^`SHIFT` bytes.
 /// `SETS` is a power of two.
-struct Table<const SHIFT: u32, const SETS: usize> {
+///
+/// `RUNS` says what it is to hold: runs of neighbours, as many as there are entries, or pages from
+/// all over.
+struct Table<const SHIFT: u32, const SETS: usize, const RUNS: bool = false> {
     sets: Box<[Set; SETS]>,
 }
 
-impl<const SHIFT: u32, const SETS: usize> Table<SHIFT, SETS> {
+impl<const SHIFT: u32, const SETS: usize, const RUNS: bool> Table<SHIFT, SETS, RUNS> {
     fn new() -> Self {
         Self {
             sets: Box::new(std::array::from_fn(|_| Set::default())),
@@ -108,10 +111,17 @@ impl<const SHIFT: u32, const SETS: usize> Table<SHIFT, SETS> {
     }
 
     fn set(&self, address: u64) -> &[Entry; 2] {
-        // Multiplied by 2^64 divided by the golden ratio, of which the top bits are taken:
-        // neighbours are far apart, and so are buffers at power-of-two distances.
-        let spread = (address >> SHIFT).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        &self.sets[(spread >> (u64::BITS - SETS.ilog2())) as usize % SETS].0
+        let page = address >> SHIFT;
+        let nth = if RUNS {
+            // Neighbours are in sets side by side; runs as long as there are sets, and so buffers
+            // at power-of-two distances, each begin elsewhere.
+            page ^ page >> SETS.ilog2()
+        } else {
+            // Multiplied by 2^64 divided by the golden ratio, of which the top bits are taken:
+            // neighbours are far apart, and so are buffers at power-of-two distances.
+            page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - SETS.ilog2())
+        };
+        &self.sets[nth as usize % SETS].0
     }
 
     #[inline]
@@ -162,7 +172,7 @@ pub(super) enum Of {
 /// The tables of level 1 and 2 that translate an address: each spares a walk the levels above.
 struct Structures {
     /// For 4 GiB: the miss that finds its table here reads one entry.
-    level1: Table<21, 1024>,
+    level1: Table<21, 1024, true>,
     level2: Table<30, 64>,
 }
 
