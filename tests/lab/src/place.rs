@@ -185,8 +185,35 @@ impl Place {
         hosts.boot(profile, logs).map(Some)
     }
 
+    /// A test that got no verdict since its host was lost runs once more, in a new one: the
+    /// emulated CPU's own faults are not the test's. A verdict stands, whatever it is.
     fn emulated(&mut self, test: &Test, logs: &Path) -> Result<()> {
-        let host = self.host(&test.profile)?;
+        let Some(lost) = self.verdict(test, logs)? else {
+            return Ok(());
+        };
+        println!(
+            "  again  {}: no verdict, its host was lost: {lost:#}",
+            test.name
+        );
+        let console = logs.join("host-console.log");
+        if console.exists() {
+            fs::rename(console, logs.join("host-lost.log"))?;
+        }
+        match self.verdict(test, logs)? {
+            None => Ok(()),
+            Some(lost) => Err(lost.context("a second host was lost in this test")),
+        }
+    }
+
+    /// Runs a test in a host, for its verdict; or says how the host was lost.
+    ///
+    /// # Errors
+    /// The verdict is that the test failed.
+    fn verdict(&mut self, test: &Test, logs: &Path) -> Result<Option<anyhow::Error>> {
+        let host = match self.host(&test.profile) {
+            Ok(host) => host,
+            Err(error) => return Ok(Some(error)),
+        };
         let before = host.log_length();
         let result = host.run(
             &format!("{IN_HOST} {SHARE}/bin/guest-test run {}", test.name),
@@ -198,7 +225,8 @@ impl Place {
             Err(error) => {
                 // A host that does not answer is of no use to the next test.
                 self.running = None;
-                return Err(error);
+                console?;
+                return Ok(Some(error));
             }
         };
         console?;
@@ -206,7 +234,7 @@ impl Place {
         fs::write(logs.join("verdict"), &output.stderr)?;
         print!("{}", lines_to_show(&output.stdout));
         match output.status {
-            0 => Ok(()),
+            0 => Ok(None),
             agent::TIMED_OUT => {
                 // Its VMM may still run.
                 self.running = None;
