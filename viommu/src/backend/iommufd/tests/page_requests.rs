@@ -1,0 +1,136 @@
+//! Page requests and their answers (A6).
+
+use super::*;
+
+#[test]
+fn a_page_request_group_is_answered_exactly_once() {
+    let bench = Bench::new();
+    bench.host.apply(pasid(A, 5), stage1(0x1000)).unwrap();
+    let cookie = bench
+        .fake
+        .page_request(A.0.into(), Some(Pasid(5)), 17, 0xabc000);
+    let request = bench.sink.take(1)[0];
+    assert_eq!((request.target, request.group), (pasid(A, 5), 17));
+    assert!(request.last && request.access == Access::READ_WRITE && !request.execute);
+    assert_eq!(bench.host.objects().page_requests, 1);
+    let response = PageResponse {
+        target: request.target,
+        group: 17,
+        code: ResponseCode::Success,
+    };
+    // A wrong one first, then the right one twice.
+    bench.host.respond(PageResponse {
+        group: 18,
+        ..response
+    });
+    bench.host.respond(response);
+    bench.host.respond(response);
+    assert_eq!(bench.fake.responses(), [(cookie, 0)]);
+    assert_eq!(bench.host.objects().page_requests, 0);
+}
+
+#[test]
+fn after_a_drain_the_front_end_has_every_request_that_was_sent() {
+    let bench = Bench::new();
+    for number in 1..=100 {
+        bench.host.apply(pasid(A, number), stage1(0x1000)).unwrap();
+        bench
+            .fake
+            .page_request(A.0.into(), Some(Pasid(number)), 1, 0);
+        bench.host.drain_page_requests();
+        assert_eq!(
+            bench.sink.count(),
+            number as usize,
+            "one is still on its way"
+        );
+    }
+}
+
+#[test]
+fn a_group_that_waits_keeps_its_index_and_its_answer() {
+    let bench = Bench::new();
+    bench.host.apply(pasid(A, 5), stage1(0x1000)).unwrap();
+    let ask = || {
+        let device = A.0.into();
+        bench
+            .fake
+            .page_request(device, Some(Pasid(5)), 17, 0xabc000)
+    };
+    let first = ask();
+    bench.sink.take(1);
+    // A device that uses the index again before its answer has its answer now.
+    let again = ask();
+    assert_eq!(bench.fake.wait_for_responses(1), [(again, 1)]);
+    bench.host.respond(PageResponse {
+        target: pasid(A, 5),
+        group: 17,
+        code: ResponseCode::Success,
+    });
+    assert_eq!(bench.fake.responses(), [(first, 0)]);
+}
+
+#[test]
+fn a_request_without_pasid_is_not_one_with_pasid_0() {
+    let bench = Bench::new();
+    bench.host.apply(Target::rid(A), stage1(0x1000)).unwrap();
+    bench.fake.page_request(A.0.into(), None, 1, 0);
+    assert_eq!(bench.sink.take(1)[0].target, Target::rid(A));
+}
+
+#[test]
+fn a_cookie_that_the_kernel_took_back_is_never_used() {
+    let bench = Bench::new();
+    bench.host.apply(pasid(A, 5), stage1(0x1000)).unwrap();
+    let old = bench.fake.page_request(A.0.into(), Some(Pasid(5)), 1, 0);
+    bench.sink.take(1);
+    // Another table: the kernel answers the group itself, and gives its number to B's request.
+    bench.host.apply(pasid(A, 5), stage1(0x2000)).unwrap();
+    bench.host.apply(pasid(B, 6), stage1(0x2000)).unwrap();
+    let new = bench.fake.page_request(B.0.into(), Some(Pasid(6)), 1, 0);
+    assert_eq!(old, new);
+    bench.sink.take(1);
+    bench.host.respond(PageResponse {
+        target: pasid(A, 5),
+        group: 1,
+        code: ResponseCode::Success,
+    });
+    assert_eq!(bench.fake.responses(), []);
+    assert_eq!(bench.host.objects().page_requests, 1);
+}
+
+#[test]
+fn failure_is_answered_as_invalid_and_nobodys_request_too() {
+    let bench = Bench::new();
+    bench.host.apply(pasid(A, 5), stage1(0x1000)).unwrap();
+    let failure = bench.fake.page_request(A.0.into(), Some(Pasid(5)), 1, 0);
+    bench.sink.take(1);
+    bench.host.respond(PageResponse {
+        target: pasid(A, 5),
+        group: 1,
+        code: ResponseCode::Failure,
+    });
+    assert_eq!(bench.fake.responses(), [(failure, 1)]);
+    let unknown = bench.fake.page_request(0xdead, None, 1, 0);
+    // A group number beyond 9 bits is no request of a PCI device.
+    let wild = bench.fake.page_request(A.0.into(), Some(Pasid(5)), 512, 0);
+    assert_eq!(bench.fake.wait_for_responses(2), [(unknown, 1), (wild, 1)]);
+}
+
+#[test]
+fn a_device_without_pri_gets_tables_without_a_fault_queue() {
+    let bench = Bench::new();
+    let plain = Rid::new(0, 5, 0);
+    bench.add(plain, |device| device.pri = false).unwrap();
+    bench.host.claim(plain, bench.sink.clone()).unwrap();
+    bench
+        .host
+        .apply(Target::rid(plain), stage1(0x1000))
+        .unwrap();
+    bench.host.apply(Target::rid(A), stage1(0x1000)).unwrap();
+    assert_eq!(
+        bench.host.objects().translations,
+        2,
+        "not shared with one that has"
+    );
+    bench.check();
+}
