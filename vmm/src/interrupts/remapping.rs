@@ -19,6 +19,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{Interrupts, Remapper};
 
+/// How often an entry that changes is read again.
+const MIXED: usize = 4;
+
 /// Why an interrupt request is blocked (5.1.4.1).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Blocked {
@@ -170,12 +173,24 @@ impl RemappingUnit {
 
     fn decide(&self, rid: Rid, msi: Msi) -> Result<Msi, Blocked> {
         let current = *self.current.read().unwrap_or_else(PoisonError::into_inner);
-        let entry = |at: u64| {
-            let low = self.ram.read_obj::<u64>(GuestAddress(at)).ok()?;
-            let high = self.ram.read_obj::<u64>(GuestAddress(at + 8)).ok()?;
-            Some((IrteLow::from_bits(low), IrteHigh::from_bits(high)))
-        };
-        remap(current, entry, rid, msi)
+        remap(current, |at| self.entry_at(at), rid, msi)
+    }
+
+    /// The entry at `at`, which guests write with one instruction of 128 bits: read once more
+    /// when it changed meanwhile, so that no half of it is of another interrupt. A guest that never
+    /// stops writing gets some mixture of what it wrote.
+    fn entry_at(&self, at: u64) -> Option<(IrteLow, IrteHigh)> {
+        let half = |at| self.ram.load::<u64>(GuestAddress(at), Ordering::Acquire);
+        let mut low = half(at).ok()?;
+        let mut high = half(at + 8).ok()?;
+        for _ in 0..MIXED {
+            let again = half(at).ok()?;
+            if again == low {
+                break;
+            }
+            (low, high) = (again, half(at + 8).ok()?);
+        }
+        Some((IrteLow::from_bits(low), IrteHigh::from_bits(high)))
     }
 
     /// What the guest set, and what came of it.
