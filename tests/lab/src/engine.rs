@@ -128,7 +128,7 @@ fn build_inside(source: &Path, tree: &Path, release: &str, to: &Path) -> Result<
     make.args(["--mount", "sh", "-ec"])
         .arg(
             "mount --rbind /dev dev; mount --rbind /proc proc; \
-             exec chroot . /usr/bin/env -i PATH=/usr/bin make -C /module KERNEL=\"$0\"",
+             exec /usr/sbin/chroot . /usr/bin/env -i PATH=/usr/bin make -C /module KERNEL=\"$0\"",
         )
         .arg(format!("/usr/src/linux-headers-{release}"))
         .current_dir(tree);
