@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::harness::bound::Bound;
+use crate::harness::huge::HugePages;
 use crate::harness::{Guest, Lab, Machine, Test, show};
 use crate::net::exchange;
 
@@ -68,21 +69,17 @@ pub const TESTS: &[Test] = &[
     )
     .profile("vtd")
     .limit(400),
-    // The card's TCP stalls in about one run of four, whatever it is behind, and the cause is not
-    // found: see tests/README.md.
     Test::new("a_network_card_works_behind_second_stage_tables", |lab| {
         let unit = "type=vtd,mode=legacy";
         network(lab, "intel_iommu=on", unit, "DMA", 256 << 10)
     })
     .profile("vtd")
-    .limit(400)
-    .on_request(),
+    .limit(400),
     Test::new("a_network_card_works_behind_a_virtio_iommu", |lab| {
         network(lab, "iommu.strict=0", "type=virtio", "DMA-FQ", 1 << 20)
     })
     .profile("vtd")
-    .limit(400)
-    .on_request(),
+    .limit(400),
     Test::new(
         "a_network_card_works_behind_a_virtio_iommu_that_is_flushed_at_once",
         |lab| network(lab, "iommu.strict=1", "type=virtio", "DMA", 256 << 10),
@@ -239,6 +236,9 @@ const PEER: &str = "52:54:00:00:00:11";
 const HOST: &str = "192.168.79.1";
 const GUEST: &str = "192.168.79.2";
 
+/// The guest's memory is of huge pages: QEMU's e1000e drops each packet that has a fragment across
+/// two pages which are not neighbours in its own memory, behind any IOMMU. Every repetition of the
+/// packet is dropped again, and the connection stands still.
 fn network(lab: &Lab, cmdline: &str, unit: &str, wanted: &str, length: u64) -> Result<()> {
     let card = Bound::new("0000:00:11.0")?;
     let peer = fs::read_dir("/sys/class/net")?.flatten().find(|entry| {
@@ -251,7 +251,9 @@ fn network(lab: &Lab, cmdline: &str, unit: &str, wanted: &str, length: u64) -> R
         .args(["-c", &format!("ip addr flush dev {peer} && ip addr add {HOST}/24 dev {peer} && ip link set {peer} up")])
         .status()?;
     ensure!(configured.success(), "{peer} cannot be configured");
+    let _pages = HugePages::reserve(256 / 2)?;
     let mut guest = Guest::lab_kernel()
+        .memory("size=256M,hugepages=on")
         .cmdline(cmdline)
         .option("--viommu", unit)
         .option("--device", &card.option(",iommu=on"))

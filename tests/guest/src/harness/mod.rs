@@ -4,6 +4,7 @@ pub mod api;
 pub mod bound;
 pub mod dmesg;
 mod guest;
+pub mod huge;
 pub mod payload;
 pub mod process;
 pub mod shell;
