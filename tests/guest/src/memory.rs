@@ -18,8 +18,7 @@ fn huge_pages(lab: &Lab) -> Result<()> {
         .memory("size=256M,hugepages=on")
         .boot(lab)?;
     guest.run("dd if=/dev/zero of=/tmp/x bs=1M count=100 && rm /tmp/x")?;
-    let taken =
-        free - (HugePages::count("free_hugepages")? - HugePages::count("resv_hugepages")?);
+    let taken = free - (HugePages::count("free_hugepages")? - HugePages::count("resv_hugepages")?);
     ensure!(
         taken == 128,
         "the guest's 256 MiB took {taken} huge pages of 2 MiB"
