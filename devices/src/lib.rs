@@ -4,6 +4,7 @@
 //! through [`interrupt`]; it never learns whether a vIOMMU stands behind either.
 
 pub mod bus;
+pub mod counters;
 pub mod interrupt;
 pub mod legacy;
 mod limit;

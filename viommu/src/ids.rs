@@ -139,6 +139,12 @@ pub struct Iova(pub u64);
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct DomainId(pub u32);
 
+/// The host kernel's own number for a hardware page table (an iommufd HWPT).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct HwptId(pub u32);
+
 macro_rules! hex {
     ($($t:ty),*) => {$(
         impl fmt::Debug for $t {

@@ -23,7 +23,7 @@ pub mod spec;
 pub mod virtio;
 pub mod vtd;
 
-pub use ids::{DomainId, Gpa, Iova, Pasid, Rid, Target};
+pub use ids::{DomainId, Gpa, HwptId, Iova, Pasid, Rid, Target};
 
 /// Guest RAM as every part of this crate sees it. Cloning is cheap (an `Arc`).
 pub type GuestRam = std::sync::Arc<vm_memory::GuestMemoryMmap<()>>;

@@ -12,6 +12,8 @@ use super::config::{GuestConfig, Offer, SIZE, Written};
 use super::layout;
 use super::line::Line;
 use super::vfio::{CONFIG, Hardware, Irq, Mapping, borrow};
+use crate::counters;
+use crate::counters::Counters;
 use crate::interrupt::{IrqLine, MsiSource, MsiVector};
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msi::MsiCapability;
@@ -85,6 +87,24 @@ pub struct VfioPci {
     line: Option<Line>,
     error: EventFd,
     request: EventFd,
+    counts: Arc<Counts>,
+}
+
+counters! {
+    /// What a passed-through function counts: what the guest does to it through us. What it does
+    /// to its memory directly, and its interrupts, pass us by.
+    struct Counts {
+        /// Reads of configuration space.
+        config_reads,
+        /// Writes to it.
+        config_writes,
+        /// Reads of its registers and memory that came as exits.
+        bar_reads,
+        /// Writes to them.
+        bar_writes,
+        /// Resets.
+        resets,
+    }
 }
 
 struct State {
@@ -188,6 +208,7 @@ impl VfioPci {
             line,
             error: EventFd::new(libc::EFD_NONBLOCK)?,
             request: EventFd::new(libc::EFD_NONBLOCK)?,
+            counts: Arc::default(),
             hardware,
         };
         for (irq, event) in [(Irq::Error, &this.error), (Irq::Request, &this.request)] {
@@ -279,6 +300,7 @@ impl VfioPci {
 
     /// Resets hardware and view, with the state locked.
     fn reset_locked(&self, state: &mut State) {
+        self.counts.resets.add(1);
         state.config.reset();
         state.msi_written();
         if let Some(msix) = &self.msix {
@@ -382,6 +404,7 @@ impl State {
 impl PciFunction for VfioPci {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         data.fill(0);
+        self.counts.config_reads.add(1);
         let mut state = self.state();
         if !state.config.is_kept(offset, data.len())
             && let Err(error) = self.hardware.read(CONFIG, offset.into(), data)
@@ -395,6 +418,7 @@ impl PciFunction for VfioPci {
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Effect {
+        self.counts.config_writes.add(1);
         let mut state = self.state();
         let written = state.config.write(offset, data);
         if written.reset {
@@ -425,6 +449,7 @@ impl PciFunction for VfioPci {
     }
 
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        self.counts.bar_reads.add(1);
         match (self.in_tables(bar, offset, data.len()), &self.msix) {
             (Some((true, into)), Some(msix)) => msix.table_read(into, data),
             (Some((false, into)), Some(msix)) => msix.pba_read(into, data),
@@ -439,6 +464,7 @@ impl PciFunction for VfioPci {
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Effect {
+        self.counts.bar_writes.add(1);
         match (self.in_tables(bar, offset, data.len()), &self.msix) {
             (Some((true, into)), Some(msix)) => msix.table_write(into, data),
             (Some((false, _)), _) => {}
@@ -490,6 +516,10 @@ impl PciFunction for VfioPci {
             self.direct.remove(gpa);
             shown.remove(&gpa);
         }
+    }
+
+    fn counters(&self) -> Vec<Arc<dyn Counters>> {
+        vec![self.counts.clone()]
     }
 
     fn reset(&self) -> Effect {

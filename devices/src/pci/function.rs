@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::counters::Counters;
+
 /// Which bus a range is decoded on.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Space {
@@ -82,6 +84,11 @@ pub trait PciFunction: Send + Sync {
     /// The doorbells that may bypass [`bar_write`](Self::bar_write). Fixed for the life of the
     /// function; the root complex registers them wherever their BAR is.
     fn io_events(&self) -> Vec<IoEvent> {
+        Vec::new()
+    }
+
+    /// What it counts.
+    fn counters(&self) -> Vec<Arc<dyn Counters>> {
         Vec::new()
     }
 

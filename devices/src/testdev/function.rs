@@ -14,6 +14,7 @@ use super::registers::Enables;
 use super::requests::{Port, Upstream};
 use super::worker::{Channels, Paging, Worker};
 use super::{CHANNELS, VECTORS};
+use crate::counters::Counters;
 use crate::interrupt::MsiSource;
 use crate::pci::config::{ConfigError, Express, Identity};
 use crate::pci::msix::{Msix, Place};
@@ -289,6 +290,10 @@ impl Config {
 }
 
 impl PciFunction for TestDevice {
+    fn counters(&self) -> Vec<Arc<dyn Counters>> {
+        vec![self.channels.counts().clone()]
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         let mut config = self.config();
         config.show_paging(&self.channels);

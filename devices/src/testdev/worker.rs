@@ -17,6 +17,7 @@ use viommu::backend::{PageResponse, ResponseCode};
 use super::CHANNELS;
 use super::registers::{Ask, Channel, Control, Enables, Job, PIECE, Reason, State};
 use super::requests::{Upstream, perform};
+use crate::counters;
 use crate::pci::msix::Msix;
 
 /// The channels, and the page request groups they have outstanding.
@@ -25,6 +26,21 @@ pub(super) struct Channels {
     /// There may be something for the worker, or it has finished a step.
     changed: Condvar,
     msix: Msix,
+    counts: Arc<Counts>,
+}
+
+counters! {
+    /// What the engine counts, also across its resets.
+    pub(super) struct Counts {
+        /// Pieces of work.
+        steps,
+        /// Interrupts.
+        interrupts,
+        /// Pages that were asked for.
+        page_requests,
+        /// Answers to them.
+        page_responses,
+    }
 }
 
 struct Board {
@@ -151,7 +167,12 @@ impl Channels {
             board: Mutex::new(Board::new()),
             changed: Condvar::new(),
             msix,
+            counts: Arc::default(),
         }
+    }
+
+    pub(super) fn counts(&self) -> &Arc<Counts> {
+        &self.counts
     }
 
     pub(super) fn msix(&self) -> &Msix {
@@ -189,6 +210,7 @@ impl Channels {
 
     fn interrupt(&self, vectors: impl IntoIterator<Item = u16>) {
         for vector in vectors {
+            self.counts.interrupts.add(1);
             self.msix.signal(vector);
         }
     }
@@ -284,6 +306,7 @@ impl Channels {
     pub(super) fn respond(&self, response: PageResponse) {
         let mut board = self.board();
         let mut ended = None;
+        self.counts.page_responses.add(1);
         board.counters.responses += 1;
         match board
             .groups
@@ -342,6 +365,7 @@ impl Channels {
         }
         if let Some((index, job)) = next {
             drop(board);
+            self.counts.steps.add(1);
             let outcome = perform(&job, upstream, buffer);
             board = self.board();
             let ask = board.channels[index].apply(&job, outcome);
@@ -349,6 +373,7 @@ impl Channels {
                 && board.ask(index, &job, ask)
             {
                 drop(board);
+                self.counts.page_requests.add(ask.pages);
                 let sent = send(&job, ask, upstream);
                 board = self.board();
                 if !sent {

@@ -9,6 +9,7 @@ use viommu::dma::DmaPort;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::Ring;
+use crate::counters::Counters;
 
 /// The virtio device types that nestling has (virtio 1.3, 5).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -73,6 +74,11 @@ pub trait VirtioDevice: Send + Sync {
     /// [`notifies_inline`](Self::notifies_inline).
     fn notify(&self, index: u16) {
         let _ = index;
+    }
+
+    /// What it counts, beside what the transport does.
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        None
     }
 
     /// Stops all work and waits for it: when this returns no thread of the device touches guest

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
@@ -17,6 +18,8 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
+
+use crate::counters::Counter;
 
 /// The ring features that [`Ring`] implements, for a device to offer.
 pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -122,6 +125,8 @@ pub struct Ring {
     available: u16,
     /// The used index when the driver's wish for an interrupt was last looked at.
     told: u16,
+    /// Chains that were returned.
+    used: Arc<Counter>,
 }
 
 impl Ring {
@@ -165,7 +170,15 @@ impl Ring {
             indirect,
             available: 0,
             told: 0,
+            used: Arc::default(),
         })
+    }
+
+    /// The same ring, which counts in `used` what it returns to the driver. No other ring does at
+    /// the same time.
+    #[must_use]
+    pub fn counting(self, used: Arc<Counter>) -> Self {
+        Self { used, ..self }
     }
 
     /// Number of descriptors.
@@ -341,6 +354,7 @@ impl Ring {
         head: u16,
         written: u32,
     ) -> Result<(), Broken> {
+        self.used.add_alone(1);
         self.queue
             .add_used(memory, head, written)
             .map_err(|_| Broken::Ring)
@@ -359,6 +373,7 @@ impl Ring {
         let Some((&(head, written), before)) = used.split_last() else {
             return Ok(());
         };
+        self.used.add_alone(before.len() as u64);
         // The last one publishes the used index; the others are written behind its back.
         let mut before = before;
         while !before.is_empty() {

@@ -29,7 +29,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::doorbell::Doorbell;
-use crate::{DomainId, Gpa, Iova, Rid, Target};
+use crate::{DomainId, Gpa, HwptId, Iova, Rid, Target};
 
 /// What translates the DMA of one [`Target`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize)]
@@ -490,6 +490,13 @@ pub trait Backend: Send + Sync {
 
     /// What is in force for `target` (Blocked when nothing is known).
     fn translation(&self, target: Target) -> Translation;
+
+    /// The host kernel's object that translates for `target`, where there is one: to find it in
+    /// what the host's own tools show.
+    fn hwpt(&self, target: Target) -> Option<HwptId> {
+        let _ = target;
+        None
+    }
 
     /// Forgets cached translations, in order, and drains in-flight DMA that used them. Returns
     /// how many of `batch` took effect, counted from the front; the caller must treat the targets

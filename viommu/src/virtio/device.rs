@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use super::config::{AddError, Config};
 use super::decode::Mode;
-use super::engine::Engine;
+use super::engine::{Engine, Port};
 use super::fault::{FaultCounters, Faults};
 use super::reply::{Chain, Fetched, Reply, Requests};
-use crate::Rid;
+use crate::{HwptId, Rid};
 use crate::backend::{Backend, Stage1};
 use crate::reserved::{self, Regions};
 use crate::spec::virtio_iommu as spec;
@@ -52,6 +52,8 @@ pub struct EndpointSnapshot {
     pub departed: bool,
     /// The back end refused what the guest asked for; the endpoint is Blocked.
     pub refused: bool,
+    /// The host kernel's object that translates, for a device of the host.
+    pub hwpt: Option<HwptId>,
     /// What it cannot map.
     pub reserved: Regions,
 }
@@ -233,6 +235,7 @@ impl Iommu {
                     domain: endpoint.domain,
                     departed: endpoint.departed,
                     refused: engine.ports.get(&id).is_some_and(|port| port.refused),
+                    hwpt: engine.ports.get(&id).and_then(Port::hwpt),
                     reserved: endpoint.reserved.clone(),
                 })
                 .collect(),

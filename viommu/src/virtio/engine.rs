@@ -19,7 +19,7 @@ use super::reply::{Chain, Reply};
 use crate::backend::{Backend, Invalidation, Mapping, Refused, Scope, Translation};
 use crate::reserved::Regions;
 use crate::spec::virtio_iommu::{self as spec, Status, feature, req_type};
-use crate::{DomainId, Iova, Rid, Target};
+use crate::{DomainId, HwptId, Iova, Rid, Target};
 
 /// Mappings that go to a back end in one call.
 const BATCH: usize = 256;
@@ -52,6 +52,13 @@ pub(super) struct Port {
     backend: Arc<dyn Backend>,
     /// The endpoint is Blocked since the back end refused what the guest asked for.
     pub(super) refused: bool,
+}
+
+impl Port {
+    /// The host kernel's object that translates for it, if there is one.
+    pub(super) fn hwpt(&self) -> Option<HwptId> {
+        self.backend.hwpt(Target::rid(self.rid))
+    }
 }
 
 /// A domain in one back end.

@@ -14,6 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use devices::counters;
+use devices::counters::Counter;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -32,6 +34,23 @@ pub trait Exits: Send + Sync {
     fn mmio_write(&self, address: u64, data: &[u8]);
     /// A local APIC acknowledged a level-triggered interrupt of the I/O APIC.
     fn end_of_interrupt(&self, vector: u8);
+}
+
+counters! {
+    /// How often a vCPU left the guest for nestling, and why. What KVM does by itself (most
+    /// doorbells, local APICs) is not among it.
+    pub struct Counts {
+        /// Reads of I/O ports; a string instruction is one.
+        port_reads,
+        /// Writes to I/O ports.
+        port_writes,
+        /// Reads where there is no RAM.
+        mmio_reads,
+        /// Writes where there is no RAM.
+        mmio_writes,
+        /// Everything else: signals, ends of interrupts.
+        other_exits,
+    }
 }
 
 /// Why a guest stopped.
@@ -191,6 +210,7 @@ impl Gate {
 pub struct VcpuThreads {
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
+    counts: Vec<Arc<Counts>>,
 }
 
 impl VcpuThreads {
@@ -217,6 +237,7 @@ impl VcpuThreads {
         let mut started = Self {
             gate: Arc::default(),
             threads: Vec::with_capacity(vcpus.len()),
+            counts: vcpus.iter().map(|_| Arc::default()).collect(),
         };
         for (index, fd) in vcpus.into_iter().enumerate() {
             let vcpu = Vcpu {
@@ -225,6 +246,7 @@ impl VcpuThreads {
                 exits: exits.clone(),
                 events: events.clone(),
                 gate: started.gate.clone(),
+                counts: started.counts[index].clone(),
                 _vm: vm.clone(),
             };
             let thread = std::thread::Builder::new()
@@ -234,6 +256,11 @@ impl VcpuThreads {
             started.threads.push(thread);
         }
         Ok(started)
+    }
+
+    /// What each vCPU counts, in order.
+    pub fn counts(&self) -> &[Arc<Counts>] {
+        &self.counts
     }
 
     /// Stops all vCPUs between two instructions and waits until they stand still; `false`, and all
@@ -285,6 +312,7 @@ struct Vcpu {
     exits: Arc<dyn Exits>,
     events: Arc<EventLine>,
     gate: Arc<Gate>,
+    counts: Arc<Counts>,
     // Keeps guest memory mapped for as long as the vCPU can run.
     _vm: Arc<Vm>,
 }
@@ -338,7 +366,10 @@ impl Vcpu {
                 Wish::Stop => return None,
             }
             let mut next = match self.fd.run() {
-                Ok(exit) => handle(exit, &*self.exits, self.index),
+                Ok(exit) => {
+                    self.counts.of(&exit).add_alone(1);
+                    handle(exit, &*self.exits, self.index)
+                }
                 Err(why) => match why.errno() {
                     libc::EINTR => {
                         self.fd.set_kvm_immediate_exit(0);
@@ -424,6 +455,18 @@ impl Vcpu {
         match self.fd.get_regs() {
             Ok(regs) => format!(" (rip {:#x}, rflags {:#x})", regs.rip, regs.rflags),
             Err(_) => String::new(),
+        }
+    }
+}
+
+impl Counts {
+    fn of(&self, exit: &VcpuExit<'_>) -> &Counter {
+        match exit {
+            VcpuExit::IoIn(..) => &self.port_reads,
+            VcpuExit::IoOut(..) => &self.port_writes,
+            VcpuExit::MmioRead(..) => &self.mmio_reads,
+            VcpuExit::MmioWrite(..) => &self.mmio_writes,
+            _ => &self.other_exits,
         }
     }
 }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::bus::{Bus, BusDevice, BusError};
+use devices::counters::Counters;
 use devices::interrupt::IrqLine;
 use devices::legacy::{AcpiPower, DebugExit, I8042, Ioapic, PowerEvents, SerialPort};
 use devices::pci::hotplug::{self, HotplugRegisters};
@@ -130,7 +131,7 @@ pub(super) struct Devices {
     pub(super) opened_late: bool,
     pub(super) slots: Slots,
     /// The functions that are always there, as clients see them.
-    pub(super) fixed: Vec<DeviceNode>,
+    pub(super) fixed: Vec<(Rid, DeviceNode)>,
     /// The functions that stand for units without endpoints, and their units.
     anchors: Vec<(Rid, usize)>,
     pub(super) registers: Arc<HotplugRegisters>,
@@ -374,14 +375,15 @@ impl Devices {
         let slot = self.root.reserve(placement)?;
         let rid = self.plug_virtio(slot, device, behind)?;
         let viommu = self.viommus.name(self.viommus.home(behind));
-        self.fixed.push(DeviceNode {
+        let node = DeviceNode {
             id: id.into(),
             pci_bdf: format!("0000:{rid}"),
             kind,
             viommu: viommu.map(str::to_owned),
             removable: false,
             removing: false,
-        });
+        };
+        self.fixed.push((rid, node));
         Ok(())
     }
 
@@ -474,6 +476,17 @@ impl Devices {
     /// The vIOMMUs.
     pub(super) fn viommus(&self) -> &Viommus {
         &self.viommus
+    }
+
+    /// What counts, by the names of the devices.
+    pub(super) fn counting(&self) -> Vec<(String, Vec<Arc<dyn Counters>>)> {
+        let plugged = self.plugged.iter().map(|p| (p.rid, &p.id));
+        let fixed = self.fixed.iter().map(|(rid, node)| (*rid, &node.id));
+        let all = plugged.chain(fixed).filter_map(|(rid, id)| {
+            let function = self.root.function(rid)?;
+            Some((id.clone(), function.counters()))
+        });
+        all.collect()
     }
 
     /// What wakes the event loop for [`ejected`](Self::ejected).

@@ -228,6 +228,46 @@ fn a_step_that_fails_leaves_nothing_and_is_named() {
 }
 
 #[test]
+fn what_counts_is_named_as_the_device_and_keeps_nothing_of_it() {
+    let image = image();
+    let Some(mut devices) = machine(|_| ()) else {
+        return;
+    };
+    let engine = TestDeviceConfig {
+        id: Some("engine".into()),
+        ..TestDeviceConfig::default()
+    };
+    add(&mut devices, New::Test(&engine)).unwrap();
+    let rid = add(&mut devices, New::Disk(&disk(&image, "disk", None))).unwrap();
+    let counting = devices.counting();
+    let names = |of: &str| -> Vec<String> {
+        let (_, counting) = counting.iter().find(|(id, _)| id == of).unwrap();
+        let mut names = Vec::new();
+        for counters in counting {
+            counters.read(&mut |name, _| names.push(name.to_owned()));
+        }
+        names
+    };
+    for (id, name) in [
+        ("disk", "read_bytes"),
+        ("disk", "queue0_used"),
+        ("engine", "page_requests"),
+        ("__rng", "interrupts"),
+        ("paravirtual", "queue1_used"),
+    ] {
+        assert!(names(id).iter().any(|n| n == name), "{id} has no {name}");
+    }
+    let front_ends = devices.viommus().front_ends();
+    let units = crate::vm::viommus::counters(&front_ends);
+    assert_eq!(units["unit"]["iotlb_invalidations"], 0);
+    assert_eq!(units["paravirtual"]["requests"], 0);
+    eject(&devices, 1 << rid.device());
+    assert_eq!(devices.ejected().len(), 1);
+    assert_eq!(open(&image), 0, "its counters do not hold the file");
+    assert!(names("disk").iter().any(|n| n == "write_ops"));
+}
+
+#[test]
 fn every_slot_of_a_home_can_be_filled_and_then_the_refusal_names_it() {
     let image = image();
     let Some(mut devices) = machine(|_| ()) else {

@@ -22,6 +22,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ::devices::counters::Counters as Counting;
 use viommu::Rid;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -284,7 +285,7 @@ impl Vm {
     /// Unplugs a device, and answers when it is gone.
     fn remove(&mut self, id: &str, how: Removal, reply: Reply) {
         let Some(plugged) = self.devices.find(id) else {
-            let stays = self.devices.fixed.iter().any(|fixed| fixed.id == id);
+            let stays = self.devices.fixed.iter().any(|(_, fixed)| fixed.id == id);
             return reply.send(Err(if stays {
                 ApiError::new(Code::NotRemovable, format!("device {id} cannot be removed"))
                     .field("id")
@@ -372,15 +373,9 @@ impl Vm {
             removable: true,
             removing: self.removals.has(plugged.rid),
         });
-        let all = self.devices.fixed.iter().cloned().chain(removable);
+        let fixed = self.devices.fixed.iter().map(|(_, node)| node.clone());
+        let all = fixed.chain(removable);
         all.map(|node| (node.id.clone(), node)).collect()
-    }
-
-    /// What can be asked of it while it runs.
-    fn inspector(&self) -> Inspector {
-        Inspector {
-            front_ends: self.devices.viommus().front_ends(),
-        }
     }
 
     fn press_power_button(&self) {
@@ -397,9 +392,27 @@ struct Running {
     _raw: Option<RawMode>,
 }
 
+impl Running {
+    /// What can be asked of it while it runs. It keeps no device alive.
+    fn inspector(&self) -> Inspector {
+        let devices = &self.vm.devices;
+        let vcpus = self.threads.counts().iter().enumerate();
+        let vcpus = vcpus.map(|(index, counts)| {
+            let counts: Arc<dyn Counting> = counts.clone();
+            (format!("vcpu{index}"), vec![counts])
+        });
+        Inspector {
+            front_ends: devices.viommus().front_ends(),
+            counting: devices.counting().into_iter().chain(vcpus).collect(),
+        }
+    }
+}
+
 /// What can be asked of a VM while it runs.
 struct Inspector {
     front_ends: Vec<viommus::FrontEnd>,
+    /// By name.
+    counting: Vec<(String, Vec<Arc<dyn Counting>>)>,
 }
 
 impl Inspect for Inspector {
@@ -408,7 +421,17 @@ impl Inspect for Inspector {
     }
 
     fn counters(&self) -> Counters {
-        Counters::new()
+        let mut all: Counters = viommus::counters(&self.front_ends);
+        for (name, counting) in &self.counting {
+            // A virtio-iommu is a vIOMMU and a device.
+            let counters = all.entry(name.clone()).or_default();
+            for counts in counting {
+                counts.read(&mut |counter, count| {
+                    counters.insert(counter.to_owned(), count);
+                });
+            }
+        }
+        all
     }
 }
 

@@ -13,7 +13,7 @@ use viommu::backend::{
     PageResponse, Refused, Translation,
 };
 use viommu::doorbell::Doorbell;
-use viommu::{DomainId, Iova, Pasid, Rid, Target};
+use viommu::{DomainId, HwptId, Iova, Pasid, Rid, Target};
 
 use crate::control::{Event, Events};
 
@@ -118,6 +118,10 @@ impl Backend for Observed {
 
     fn translation(&self, target: Target) -> Translation {
         self.back_end.translation(target)
+    }
+
+    fn hwpt(&self, target: Target) -> Option<HwptId> {
+        self.back_end.hwpt(target)
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> usize {

@@ -12,13 +12,16 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use viommu::Pasid;
 use viommu::pasid::{Config, Error, HostPasids, PasidAllocator};
 
+use super::observed::Told;
 use super::viommus::ViommuError;
 use crate::config::PlatformConfig;
+use crate::control::Event;
 
 /// All units of a VM share one.
 #[derive(Debug)]
 pub(super) struct VmPasids {
     platform: PlatformConfig,
+    told: Told,
     /// Bits of PASID of the narrowest device that has any.
     bits: AtomicU8,
     host: OnceLock<HostPasids>,
@@ -26,9 +29,10 @@ pub(super) struct VmPasids {
 
 impl VmPasids {
     /// The host is not asked yet.
-    pub(super) fn new(platform: &PlatformConfig) -> Self {
+    pub(super) fn new(platform: &PlatformConfig, told: &Told) -> Self {
         Self {
             platform: platform.clone(),
+            told: told.clone(),
             bits: AtomicU8::new(Pasid::BITS),
             host: OnceLock::new(),
         }
@@ -71,7 +75,15 @@ impl VmPasids {
 
 impl PasidAllocator for VmPasids {
     fn allocate(&self) -> Result<Pasid, Error> {
-        self.host()?.allocate()
+        let host = self.host()?;
+        let allocated = host.allocate();
+        if allocated.is_err()
+            && let Some(events) = self.told.get()
+        {
+            let owned = host.counts().owned;
+            events.emit(Event::PasidExhausted { owned });
+        }
+        allocated
     }
 
     fn free(&self, pasid: Pasid) -> Result<(), Error> {
@@ -87,7 +99,10 @@ impl PasidAllocator for VmPasids {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::control::Events;
 
     #[test]
     fn a_vm_without_the_directory_is_refused_before_it_starts() {
@@ -95,7 +110,7 @@ mod tests {
             pasid_directory: "/no/such".into(),
             ..PlatformConfig::default()
         };
-        let pasids = VmPasids::new(&platform);
+        let pasids = VmPasids::new(&platform, &Told::default());
         assert!(matches!(pasids.open(20), Err(Error::NoDirectory(_))));
         assert!(pasids.allocate().is_err());
     }
@@ -109,7 +124,10 @@ mod tests {
             pasid_quota: 5,
             ..PlatformConfig::default()
         };
-        let pasids = VmPasids::new(&platform);
+        let told = Told::default();
+        let events = Arc::new(Events::default());
+        told.set(events.clone()).unwrap();
+        let pasids = VmPasids::new(&platform, &told);
         for bits in [20, 0, 8] {
             pasids.limit(bits).unwrap();
         }
@@ -120,6 +138,15 @@ mod tests {
         let got: Vec<_> = std::iter::from_fn(|| pasids.allocate().ok()).collect();
         assert_eq!(got.len(), 5);
         assert!(got.iter().all(|pasid| (1..256).contains(&pasid.0)));
+        let told = |event: &Event| {
+            let told = events.after(0).records;
+            told.iter().filter(|record| record.event == *event).count()
+        };
+        let exhausted = Event::PasidExhausted { owned: 5 };
+        assert_eq!(told(&exhausted), 1, "who follows the events is told");
+        pasids.free(got[0]).unwrap();
+        pasids.allocate().unwrap();
+        assert_eq!(told(&exhausted), 1);
         drop(pasids);
         std::fs::remove_dir_all(&directory).unwrap();
     }

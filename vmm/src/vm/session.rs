@@ -437,7 +437,7 @@ impl Session {
             let (state, device_tree, inspect) = match &self.running {
                 None => (VmState::Created, Default::default(), None),
                 Some((running, state)) => {
-                    let inspector: Arc<dyn Inspect> = Arc::new(running.vm.inspector());
+                    let inspector: Arc<dyn Inspect> = Arc::new(running.inspector());
                     (*state, running.vm.device_tree(), Some(inspector))
                 }
             };
@@ -456,7 +456,7 @@ impl Session {
         let Some((running, _)) = &self.running else {
             return;
         };
-        match serde_json::to_string(&running.vm.inspector().viommus()) {
+        match serde_json::to_string(&running.inspector().viommus()) {
             Ok(text) => eprintln!("{text}"),
             Err(why) => log::error!("the state cannot be printed: {why}"),
         }

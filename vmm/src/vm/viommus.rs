@@ -30,7 +30,7 @@ use super::observed::{Observed, Told};
 use super::pasids::VmPasids;
 use super::slots::{Home, Slots};
 use crate::config::{Behind, MsiMode, UnitMode, ViommuConfig, ViommuKind, VmConfig};
-use crate::control::Events;
+use crate::control::{Counters, Events};
 use crate::interrupts::doorbell::MappedDoorbell;
 use crate::interrupts::remapping::{RemappingState, RemappingUnit};
 use crate::interrupts::{Interrupts, Remapper};
@@ -211,13 +211,14 @@ impl Viommus {
         let mode = mode_of_units(vm, nests);
         let of_vtd = configs.iter().filter(|c| c.kind == ViommuKind::Vtd);
         check_agreement(&of_vtd.map(|c| unit_config(c, mode)).collect::<Vec<_>>())?;
+        let told = Told::default();
         let mut viommus = Self {
             ram: ram.clone(),
             engine,
             placed: Vec::with_capacity(configs.len()),
             address_width: layout.address_width,
-            pasids: Arc::new(VmPasids::new(&vm.platform)),
-            told: Told::default(),
+            pasids: Arc::new(VmPasids::new(&vm.platform, &told)),
+            told,
             interrupts: interrupts.clone(),
             doorbells: BTreeMap::new(),
             rest: None,
@@ -629,6 +630,48 @@ impl FrontEnd {
         }
     }
 
+    fn counters(&self) -> BTreeMap<String, u64> {
+        let mut counters = BTreeMap::new();
+        let mut tell = |name: &str, count: u64| {
+            counters.insert(name.to_owned(), count);
+        };
+        match self {
+            Self::Vtd { unit, .. } => {
+                let state = unit.state();
+                let (queue, asked) = (state.queue, state.back_end);
+                tell("context_cache_invalidations", queue.context_cache);
+                tell("pasid_cache_invalidations", queue.pasid_cache);
+                tell("iotlb_invalidations", queue.iotlb);
+                tell("pasid_iotlb_invalidations", queue.pasid_iotlb);
+                tell("device_tlb_invalidations", queue.device_tlb);
+                let entries = queue.interrupt_entry_cache;
+                tell("interrupt_entry_cache_invalidations", entries);
+                tell("page_group_responses", queue.page_group_response);
+                tell("waits", queue.wait);
+                tell("queue_errors", queue.errors);
+                tell("applies", asked.applies);
+                tell("refusals", asked.refusals);
+                tell("back_end_invalidations", asked.invalidations);
+                tell("page_requests", state.page_requests);
+                tell("page_requests_refused", state.page_requests_refused);
+                tell("faults_recorded", state.faults_recorded);
+                tell("faults_lost", state.faults_lost);
+            }
+            Self::Virtio { unit, .. } => {
+                let Snapshot {
+                    counters, faults, ..
+                } = unit.snapshot();
+                tell("requests", counters.requests);
+                tell("map_calls", counters.map_calls);
+                tell("unmap_calls", counters.unmap_calls);
+                tell("refusals", counters.refusals);
+                tell("faults_recorded", faults.reported);
+                tell("faults_lost", faults.dropped);
+            }
+        }
+        counters
+    }
+
     fn state(&self) -> ViommuState {
         match self {
             Self::Vtd {
@@ -650,6 +693,12 @@ pub(super) fn states(front_ends: &[FrontEnd]) -> ViommuStates {
     ViommuStates {
         viommus: front_ends.iter().map(FrontEnd::state).collect(),
     }
+}
+
+/// What all of `front_ends` count, by their names.
+pub(super) fn counters(front_ends: &[FrontEnd]) -> Counters {
+    let of = |front: &FrontEnd| (front.id().to_owned(), front.counters());
+    front_ends.iter().map(of).collect()
 }
 
 /// The mode of units that do not say it: that of one that does, as all have the same; else

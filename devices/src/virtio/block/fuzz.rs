@@ -36,6 +36,7 @@ pub fn requests(input: &[u8]) {
         length: bytes.len() as u64,
         readonly,
         serial: *b"nestling-fuzz-serial",
+        counts: Default::default(),
     };
     let Some(mut ring) = attack.rings.pop() else {
         return;

@@ -25,6 +25,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::request::Disk;
+use crate::counters::Counters;
 use crate::limit::warn_limited;
 use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
 use crate::virtio::ring::{Broken, Chain, RING_FEATURES, Ring};
@@ -145,6 +146,7 @@ impl Block {
             length,
             readonly: config.readonly,
             serial,
+            counts: Arc::default(),
         };
         Ok(Arc::new(Self {
             config: config_space(length / SECTOR, physical),
@@ -261,6 +263,10 @@ impl VirtioDevice for Block {
         for (to, from) in data.iter_mut().zip(from) {
             *to = *from;
         }
+    }
+
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        Some(self.disk.counts.clone())
     }
 
     fn activate(&self, mut activation: Activation) -> io::Result<()> {

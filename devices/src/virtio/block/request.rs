@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use viommu::dma::DmaAccess;
 use virtio_bindings::virtio_blk::{
@@ -17,6 +18,7 @@ use vm_memory::Bytes;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::{MOST_BYTES, MOST_DISCARD, MOST_RANGES, MOST_ZEROES, SECTOR};
+use crate::counters;
 use crate::limit::warn_limited;
 use crate::virtio::buffers::{self, TransferError};
 use crate::virtio::ring::Chain;
@@ -31,6 +33,27 @@ pub(super) struct Disk {
     pub(super) length: u64,
     pub(super) readonly: bool,
     pub(super) serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
+    pub(super) counts: Arc<Counts>,
+}
+
+counters! {
+    /// What a disk counts: requests that were done, and their bytes.
+    pub(super) struct Counts {
+        /// Reads.
+        read_ops,
+        /// Their bytes.
+        read_bytes,
+        /// Writes.
+        write_ops,
+        /// Their bytes.
+        write_bytes,
+        /// Flushes.
+        flush_ops,
+        /// Discards and writes of zeroes.
+        discard_ops,
+        /// Requests that were not done.
+        failed_ops,
+    }
 }
 
 /// How a request ended (5.2.6).
@@ -51,7 +74,10 @@ impl Disk {
         };
         let (status, data) = match self.request(access, chain) {
             Ok(written) => (Status::Ok, written),
-            Err(status) => (status, 0),
+            Err(status) => {
+                self.counts.failed_ops.add(1);
+                (status, 0)
+            }
         };
         match access.write_obj(status as u8, status_at.address) {
             // The length counts from the first byte, so a failed read counts none (2.7.8.2).
@@ -75,6 +101,8 @@ impl Disk {
                 let offset = self.check(sector, length, MOST_BYTES)?;
                 buffers::read_at(access, &chain.writable, self.file.as_fd(), offset)
                     .map_err(|error| self.failed("read", error))?;
+                self.counts.read_ops.add(1);
+                self.counts.read_bytes.add(length);
                 Ok(length as u32)
             }
             VIRTIO_BLK_T_OUT => {
@@ -83,12 +111,15 @@ impl Disk {
                 let offset = self.check(sector, length, MOST_BYTES)?;
                 buffers::write_at(access, &chain.readable, self.file.as_fd(), offset)
                     .map_err(|error| self.failed("write", error))?;
+                self.counts.write_ops.add(1);
+                self.counts.write_bytes.add(length);
                 Ok(0)
             }
             VIRTIO_BLK_T_FLUSH => {
                 self.file
                     .sync_data()
                     .map_err(|error| self.failed("flush", error.into()))?;
+                self.counts.flush_ops.add(1);
                 Ok(0)
             }
             VIRTIO_BLK_T_GET_ID => buffers::copy_out(access, &chain.writable, &self.serial)
@@ -97,6 +128,7 @@ impl Disk {
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 self.check_writable()?;
                 self.ranges(access, chain, kind)?;
+                self.counts.discard_ops.add(1);
                 Ok(0)
             }
             _ => Err(Status::Unsupported),

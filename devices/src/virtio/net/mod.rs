@@ -18,6 +18,8 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::epoll::EventSet;
 
+use crate::counters;
+use crate::counters::Counters;
 use crate::limit::warn_limited;
 use crate::virtio::buffers::{self, TransferError};
 use crate::virtio::device::{Activation, ActiveQueue, DeviceType, VirtioDevice, VirtioInterrupt};
@@ -49,7 +51,24 @@ pub struct NetConfig {
 pub struct Net {
     tap: Arc<Tap>,
     mac: [u8; 6],
+    counts: Arc<Counts>,
     running: Mutex<Option<Workers>>,
+}
+
+counters! {
+    /// What a network card counts; frames with the header that virtio gives them.
+    struct Counts {
+        /// Frames to the guest.
+        rx_frames,
+        /// Their bytes.
+        rx_bytes,
+        /// Frames from the guest.
+        tx_frames,
+        /// Their bytes.
+        tx_bytes,
+        /// Frames either way that were lost: malformed, or the other end did not take them.
+        dropped_frames,
+    }
 }
 
 impl Net {
@@ -66,6 +85,7 @@ impl Net {
         Self {
             tap: Arc::new(tap),
             mac,
+            counts: Arc::default(),
             running: Mutex::new(None),
         }
     }
@@ -122,6 +142,10 @@ impl VirtioDevice for Net {
         }
     }
 
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        Some(self.counts.clone())
+    }
+
     fn activate(&self, activation: Activation) -> io::Result<()> {
         let mut queues = activation.queues.into_iter();
         let receive = queues.next().flatten();
@@ -148,6 +172,7 @@ impl VirtioDevice for Net {
         }
         let service = Service {
             tap: Arc::clone(&self.tap),
+            counts: Arc::clone(&self.counts),
             dma: Arc::new(activation.dma),
             interrupt: activation.interrupt,
             stop,
@@ -187,6 +212,7 @@ const TAP: u64 = 3;
 /// One activation of the device.
 struct Service {
     tap: Arc<Tap>,
+    counts: Arc<Counts>,
     dma: Arc<DmaPort>,
     interrupt: Arc<dyn VirtioInterrupt>,
     stop: Arc<Stop>,
@@ -344,11 +370,14 @@ impl Service {
         };
         if self.room < frame.len() {
             // Only without merging: the chain is kept for a shorter frame.
+            self.counts.dropped_frames.add_alone(1);
             return Ok(false);
         }
         // Always set, whether or not buffers merge (5.1.6.4.1).
         let count = (self.chains.len() as u16).to_le_bytes();
         frame[NUM_BUFFERS..NUM_BUFFERS + 2].copy_from_slice(&count);
+        self.counts.rx_frames.add_alone(1);
+        self.counts.rx_bytes.add_alone(frame.len() as u64);
         let mut rest = &*frame;
         self.used.clear();
         for chain in &self.chains {
@@ -387,6 +416,13 @@ impl Service {
             queue.ring.disable_kicks(&access)?;
             let sent = send(&self.tap, &access, &chain.readable);
             queue.ring.push(&access, chain.head(), 0)?;
+            match &sent {
+                Ok(bytes) if *bytes > 0 => {
+                    self.counts.tx_frames.add_alone(1);
+                    self.counts.tx_bytes.add_alone(*bytes as u64);
+                }
+                _ => self.counts.dropped_frames.add_alone(1),
+            }
             used = true;
             let down = matches!(&sent, Err(TransferError::Host(error))
                 if error.raw_os_error() == Some(libc::EIO));

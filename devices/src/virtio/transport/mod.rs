@@ -9,6 +9,7 @@ mod shared;
 mod state;
 
 use std::io;
+use std::iter;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,6 +24,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::shared::Shared;
 use self::state::State;
+use crate::counters::Counters;
 use crate::interrupt::MsiSource;
 use crate::limit::warn_limited;
 use crate::pci::config::{ConfigError, Express, Identity};
@@ -338,8 +340,9 @@ impl VirtioPci {
                 warn_limited!("virtio queue {index} is not in memory: {:x?}", queue.ring);
                 return false;
             };
+            let used = Arc::clone(&self.shared.counts.used[index]);
             queues.push(Some(ActiveQueue {
-                ring,
+                ring: ring.counting(used),
                 kick: Arc::clone(kick),
             }));
         }
@@ -474,6 +477,11 @@ impl PciFunction for VirtioPci {
                 eventfd: Arc::clone(kick),
             })
             .collect()
+    }
+
+    fn counters(&self) -> Vec<Arc<dyn Counters>> {
+        let own: Arc<dyn Counters> = self.shared.counts.clone();
+        iter::once(own).chain(self.device.counters()).collect()
     }
 
     fn reset(&self) -> Effect {

@@ -2,9 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use super::NO_VECTOR;
+use crate::counters::{Counter, Counters};
 use crate::pci::msix::Msix;
 use crate::virtio::device::VirtioInterrupt;
 
@@ -20,6 +22,25 @@ pub(super) struct Shared {
     pub(super) queue_vectors: Vec<AtomicU16>,
     pub(super) needs_reset: AtomicBool,
     pub(super) driver_ok: AtomicBool,
+    pub(super) counts: Arc<Counts>,
+}
+
+/// What the transport counts.
+#[derive(Default)]
+pub(super) struct Counts {
+    /// Chains that were returned to the driver, by queue.
+    pub(super) used: Vec<Arc<Counter>>,
+    /// Messages for queues and for the configuration.
+    interrupts: Counter,
+}
+
+impl Counters for Counts {
+    fn read(&self, tell: &mut dyn FnMut(&str, u64)) {
+        tell("interrupts", self.interrupts.get());
+        for (queue, used) in self.used.iter().enumerate() {
+            tell(&format!("queue{queue}_used"), used.get());
+        }
+    }
 }
 
 impl Shared {
@@ -33,10 +54,15 @@ impl Shared {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             needs_reset: AtomicBool::new(false),
             driver_ok: AtomicBool::new(false),
+            counts: Arc::new(Counts {
+                used: (0..queues).map(|_| Arc::default()).collect(),
+                ..Counts::default()
+            }),
         }
     }
 
     fn send(&self, vector: &AtomicU16, isr: u8) {
+        self.counts.interrupts.add(1);
         if !self.msix.signal(vector.load(Ordering::Relaxed)) {
             self.isr.fetch_or(isr, Ordering::AcqRel);
         }

@@ -11,7 +11,7 @@ use crate::backend::{
     PageResponse, Refused, ResponseCode, Stage2, Translation,
 };
 use crate::doorbell::Doorbell;
-use crate::{DomainId, Gpa, Iova, Pasid, Rid, Target};
+use crate::{DomainId, Gpa, HwptId, Iova, Pasid, Rid, Target};
 
 /// The back end, with what the suite wants to do to it at particular calls.
 struct Host {
@@ -84,6 +84,9 @@ impl Backend for Host {
     }
     fn translation(&self, target: Target) -> Translation {
         self.bench.host.translation(target)
+    }
+    fn hwpt(&self, target: Target) -> Option<HwptId> {
+        self.bench.host.hwpt(target)
     }
     fn invalidate(&self, batch: &[Invalidation]) -> usize {
         self.bench.host.invalidate(batch)

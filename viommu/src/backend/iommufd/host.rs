@@ -26,7 +26,7 @@ use crate::backend::{
 };
 use crate::doorbell::Doorbell;
 use crate::reserved::Regions;
-use crate::{DomainId, GuestRam, Iova, Pasid, Rid, Target};
+use crate::{DomainId, GuestRam, HwptId, Iova, Pasid, Rid, Target};
 
 /// The most PASIDs of one endpoint that can have a translation at a time. Each is an object of the
 /// host kernel.
@@ -547,6 +547,13 @@ impl Backend for HostIommu {
         let state = endpoint.state();
         let attachment = state.targets.get(&target.pasid).filter(|a| !a.stuck);
         attachment.map_or(Translation::Blocked, |attachment| attachment.translation)
+    }
+
+    fn hwpt(&self, target: Target) -> Option<HwptId> {
+        let endpoint = self.endpoint(target.endpoint).ok()?;
+        let state = endpoint.state();
+        let attachment = state.targets.get(&target.pasid)?;
+        Some(HwptId(attachment.hwpt.id()))
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> usize {

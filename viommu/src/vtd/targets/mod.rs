@@ -19,7 +19,7 @@ use super::pasid;
 use crate::backend::{Backend, Invalidation, Translation};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::registers::Rtaddr;
-use crate::{Iova, Pasid, Rid, Target};
+use crate::{HwptId, Iova, Pasid, Rid, Target};
 
 /// How many PASIDs of all endpoints of a unit can be live. What the guest has beyond is Blocked.
 pub const MAX_LIVE_PASIDS: usize = 1 << 17;
@@ -265,6 +265,8 @@ pub struct TargetState {
     pub translation: Translation,
     /// Whether that is in force; if not, the target is Blocked and the back end is asked again.
     pub in_force: bool,
+    /// The host kernel's object that translates, for a device of the host.
+    pub hwpt: Option<HwptId>,
     /// What is wrong with the guest's tables.
     pub problem: Option<FaultReason>,
 }
@@ -408,15 +410,20 @@ impl Targets {
         let all = self.endpoints.iter().flat_map(|(&endpoint, e)| {
             e.live
                 .iter()
-                .map(move |(&pasid, &live)| (Target { endpoint, pasid }, live))
+                .map(move |(&pasid, &live)| (Target { endpoint, pasid }, live, e))
         });
         let total = self.endpoints.values().map(|e| e.live.len()).sum();
-        let state = |(target, live)| match live {
+        let hwpt = |target, e: &Endpoint| {
+            let slot = self.slots.get(e.backend)?.as_ref()?;
+            slot.backend.hwpt(target)
+        };
+        let state = |(target, live, e): (Target, Live, &Endpoint)| match live {
             Live::Entry { entry, applied, .. } => TargetState {
                 target,
                 domain: entry.did,
                 translation: entry.translation,
                 in_force: applied,
+                hwpt: hwpt(target, e),
                 problem: None,
             },
             Live::Wrong { problem, .. } => TargetState {
@@ -424,6 +431,7 @@ impl Targets {
                 domain: 0,
                 translation: Translation::Blocked,
                 in_force: true,
+                hwpt: None,
                 problem: Some(problem.reason),
             },
         };

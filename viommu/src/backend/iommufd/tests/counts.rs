@@ -1,6 +1,7 @@
 //! How many calls of the kernel an operation takes.
 
 use super::*;
+use crate::HwptId;
 
 #[test]
 fn guest_ram_is_mapped_with_one_call_per_region() {
@@ -36,6 +37,25 @@ fn asking_again_for_what_is_in_force_makes_no_call() {
         bench.host.apply(Target::rid(A), translation).unwrap();
         assert_eq!(bench.fake.calls(), BTreeMap::new());
     }
+}
+
+#[test]
+fn the_kernels_object_of_a_target_is_told_and_equal_tables_have_one() {
+    let bench = Bench::new();
+    let told = |target| bench.host.hwpt(target);
+    assert_eq!(told(Target::rid(A)), None, "blocked from the start");
+    let targets = [Target::rid(A), Target::rid(B), pasid(A, 1)];
+    for target in targets {
+        bench.host.apply(target, stage1(0x1000)).unwrap();
+    }
+    let HwptId(id) = told(targets[0]).unwrap();
+    assert!(bench.fake.world().objects.contains_key(&id), "{id}");
+    assert!(targets.iter().all(|&target| told(target) == Some(HwptId(id))));
+    bench.host.apply(targets[2], stage1(0x2000)).unwrap();
+    assert_ne!(told(targets[2]), Some(HwptId(id)));
+    bench.host.apply(targets[0], Translation::Blocked).unwrap();
+    assert_eq!(told(targets[0]), None);
+    assert_eq!(told(Target::rid(Rid::new(9, 9, 1))), None);
 }
 
 #[test]
