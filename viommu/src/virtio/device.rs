@@ -9,10 +9,10 @@ use super::decode::Mode;
 use super::engine::{Engine, Port};
 use super::fault::{FaultCounters, Faults};
 use super::reply::{Chain, Fetched, Reply, Requests};
-use crate::{HwptId, Rid};
 use crate::backend::{Backend, Stage1};
 use crate::reserved::{self, Regions};
 use crate::spec::virtio_iommu as spec;
+use crate::{HwptId, Rid};
 
 /// A virtio-iommu, without its transport. Shared by the vCPU threads that kick its queue and by
 /// whoever plugs devices; one lock, of this unit alone.

@@ -36,6 +36,7 @@ pub fn frames(input: &[u8]) {
     let workers = Workers::new().expect("the host gives an eventfd");
     let mut service = Service {
         tap: Arc::new(Tap::fake(OwnedFd::from(tap))),
+        counts: Arc::default(),
         dma: Arc::new(attack.dma.clone()),
         interrupt: Arc::new(Recorder::default()),
         stop: workers.stop(),

@@ -50,7 +50,11 @@ fn the_kernels_object_of_a_target_is_told_and_equal_tables_have_one() {
     }
     let HwptId(id) = told(targets[0]).unwrap();
     assert!(bench.fake.world().objects.contains_key(&id), "{id}");
-    assert!(targets.iter().all(|&target| told(target) == Some(HwptId(id))));
+    assert!(
+        targets
+            .iter()
+            .all(|&target| told(target) == Some(HwptId(id)))
+    );
     bench.host.apply(targets[2], stage1(0x2000)).unwrap();
     assert_ne!(told(targets[2]), Some(HwptId(id)));
     bench.host.apply(targets[0], Translation::Blocked).unwrap();
