@@ -1,0 +1,13 @@
+//! The nestling command as its users meet it: its options, what they get wrong, its API, and what
+//! the README says. Guests are a few instructions long, on KVM where there is one.
+
+#[cfg(test)]
+mod api;
+#[cfg(test)]
+mod bad_input;
+#[cfg(test)]
+mod document;
+#[cfg(test)]
+mod run;
+#[cfg(test)]
+mod support;
