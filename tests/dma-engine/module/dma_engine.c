@@ -3,10 +3,11 @@
  * Gives a process its own address space on nestling's DMA test engine (SVA).
  *
  * One node per device, /dev/dma-engine-<PCI address>. An open file can bind the process that
- * asks (DMA_ENGINE_BIND gives the PASID), only give it a PASID, which is free again when it ends
- * (DMA_ENGINE_PASID, on kernels whose allocator can be the host's by virtual commands), and map pages of BAR 0 (the offset of the mapping is the
- * offset into the BAR; the MSI-X pages are left out). Closing it, or unplugging the device, undoes
- * both. What the pages mean is in devices/src/testdev/README.md.
+ * asks (DMA_ENGINE_BIND gives the PASID), have a PASID of its own, with no address space
+ * (DMA_ENGINE_PASID, on kernels whose allocator can be the host's by virtual commands), and map
+ * pages of BAR 0 (the offset of the mapping is the offset into the BAR; the MSI-X pages are left
+ * out). Closing it, or unplugging the device, unbinds the process and takes the mappings away;
+ * closing it also frees the PASID. What the pages mean is in devices/src/testdev/README.md.
  *
  * For test machines only: whoever may open the node may make the device do any DMA that its
  * PASIDs and its default domain allow.
@@ -32,8 +33,7 @@
 #define DMA_ENGINE_PASID _IOR('N', 3, __u32)
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
-/* Of drivers/iommu/iommu-sva-lib.h; exported, but no header of modules has it. */
-int iommu_sva_alloc_pasid(struct mm_struct *mm, ioasid_t min, ioasid_t max);
+#include <linux/ioasid.h>
 #endif
 
 /* The MSI-X table and pending bits: whoever writes them makes the device write anywhere. */
@@ -60,6 +60,9 @@ struct opener {
 	struct list_head link;
 	struct address_space *mapping;
 	struct iommu_sva *sva;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+	ioasid_t pasid;			/* or INVALID_IOASID */
+#endif
 };
 
 static void engine_free(struct kref *kref)
@@ -81,6 +84,9 @@ static int engine_open(struct inode *inode, struct file *file)
 
 	if (!opener)
 		return -ENOMEM;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+	opener->pasid = INVALID_IOASID;
+#endif
 	opener->engine = engine;
 	opener->mapping = file->f_mapping;
 	kref_get(&engine->kref);
@@ -100,6 +106,10 @@ static int engine_release(struct inode *inode, struct file *file)
 	opener_unbind(opener);
 	list_del(&opener->link);
 	mutex_unlock(&engine->lock);
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
+	if (opener->pasid != INVALID_IOASID)
+		ioasid_free(opener->pasid);
+#endif
 	kfree(opener);
 	kref_put(&engine->kref, engine_free);
 	return 0;
@@ -130,20 +140,26 @@ static long opener_bind(struct opener *opener, __u32 __user *to)
 	return 0;
 }
 
+/*
+ * Not the process's own PASID (iommu_sva_alloc_pasid): 6.1 never frees such a one by a virtual
+ * command, since its driver takes a PASID with private data, as the process's is, for one in use.
+ */
 static long opener_pasid(struct opener *opener, __u32 __user *to)
 {
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
-	int result, max;
+	int max;
 
 	if (!opener->engine->pci)
 		return -ENODEV;
+	if (opener->pasid != INVALID_IOASID)
+		return -EBUSY;
 	max = pci_max_pasids(opener->engine->pci);
 	if (max <= 1)
 		return max < 0 ? max : -ENODEV;
-	result = iommu_sva_alloc_pasid(current->mm, 1, max - 1);
-	if (result)
-		return result;
-	return put_user(current->mm->pasid, to);
+	opener->pasid = ioasid_alloc(NULL, 1, max - 1, NULL);
+	if (opener->pasid == INVALID_IOASID)
+		return -ENOSPC;
+	return put_user(opener->pasid, to);
 #else
 	return -EOPNOTSUPP;
 #endif

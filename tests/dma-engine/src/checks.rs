@@ -634,7 +634,7 @@ pub fn reuse(address: &str) -> Result<()> {
 /// # Errors
 /// There is none.
 pub fn hold(address: &str) -> Result<()> {
-    let pasid = sva::take_pasid(address)?;
+    let (_until_the_end, pasid) = sva::take_pasid(address)?;
     holds(&format!("this process has PASID {pasid}"));
     loop {
         std::thread::park();

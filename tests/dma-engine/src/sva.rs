@@ -20,15 +20,16 @@ fn node(address: &str) -> Result<File> {
     node.with_context(|| format!("cannot open {path}; load dma_engine.ko"))
 }
 
-/// Gives this process a PASID until it ends, without any device that uses it.
+/// Takes a PASID that no device uses, until the file is closed.
 ///
 /// # Errors
 /// What the kernel said: no module, a kernel that has no allocator for it, no PASID.
-pub fn take_pasid(address: &str) -> Result<u32> {
+pub fn take_pasid(address: &str) -> Result<(File, u32)> {
+    let node = node(address)?;
     let mut pasid = 0u32;
     // SAFETY: the command writes one u32 there.
-    unsafe { ioctl("DMA_ENGINE_PASID", &node(address)?, PASID, &mut pasid) }?;
-    Ok(pasid)
+    unsafe { ioctl("DMA_ENGINE_PASID", &node, PASID, &mut pasid) }?;
+    Ok((node, pasid))
 }
 
 /// The device's own registers, without binding anything.
