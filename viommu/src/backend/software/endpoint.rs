@@ -1,6 +1,6 @@
 //! One endpoint: its targets, its claim, and the page requests that wait for an answer.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::target::{TargetState, lock};
@@ -62,7 +62,7 @@ pub(super) struct Endpoint {
     pub(super) rid: Rid,
     pub(super) config: EndpointConfig,
     plain: Arc<TargetState>,
-    pasids: RwLock<HashMap<Pasid, Arc<TargetState>>>,
+    pasids: RwLock<BTreeMap<Pasid, Arc<TargetState>>>,
     claim: Mutex<Claim>,
 }
 

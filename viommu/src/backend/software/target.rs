@@ -148,15 +148,35 @@ struct Change {
 /// Changes that are remembered. A port that is further behind forgets everything.
 const REMEMBERED: usize = 32;
 
-/// One target's state. Its ports hold it too, so it outlives its endpoint.
+/// One target's state: 48 bytes, since a guest decides how many PASIDs there are. Its ports hold
+/// it too, so it outlives its endpoint.
 pub(super) struct TargetState {
     pub(super) target: Target,
     pub(super) space: ArcSwap<Space>,
-    /// How many changes there have been. Written under `changes`, read by every translation.
+    /// How many changes there have been. Written under `ports`, read by every translation.
     generation: AtomicU64,
-    /// The last of them, from the first port on: nobody else asks.
-    changes: Mutex<Option<Box<[Change; REMEMBERED]>>>,
-    slots: Mutex<Vec<Arc<Slot>>>,
+    /// From the first port on: most PASIDs have none most of the time.
+    ports: Mutex<Option<Box<Ports>>>,
+}
+
+/// What a target's ports have to know, and how they are waited for.
+struct Ports {
+    /// The last changes, by generation.
+    changes: [Change; REMEMBERED],
+    slots: Vec<Arc<Slot>>,
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        let unknown = |_| Change {
+            range: EVERYTHING,
+            leaves_only: false,
+        };
+        Self {
+            changes: std::array::from_fn(unknown),
+            slots: Vec::new(),
+        }
+    }
 }
 
 /// Accesses that an invalidation has to wait for, once it holds no lock any more.
@@ -194,8 +214,7 @@ impl TargetState {
             target,
             space: ArcSwap::default(),
             generation: AtomicU64::new(0),
-            changes: Mutex::default(),
-            slots: Mutex::default(),
+            ports: Mutex::default(),
         }
     }
 
@@ -208,10 +227,10 @@ impl TargetState {
     /// Makes a change known to the ports: what was translated in `range` before is not to be
     /// used any more, by accesses that have not announced it yet.
     pub(super) fn post(&self, range: Range, leaves_only: bool) {
-        let mut changes = lock(&self.changes);
+        let mut ports = lock(&self.ports);
         let next = self.generation.load(Ordering::Relaxed) + 1;
-        if let Some(changes) = &mut *changes {
-            changes[next as usize % REMEMBERED] = Change { range, leaves_only };
+        if let Some(ports) = &mut *ports {
+            ports.changes[next as usize % REMEMBERED] = Change { range, leaves_only };
         }
         self.generation.store(next, Ordering::SeqCst);
     }
@@ -219,12 +238,12 @@ impl TargetState {
     /// Calls `forget` for the changes after `seen`, or once for everything when they are too
     /// many; returns the last one.
     pub(super) fn catch_up(&self, seen: u64, mut forget: impl FnMut(&Range, bool)) -> u64 {
-        let changes = lock(&self.changes);
+        let ports = lock(&self.ports);
         let last = self.generation.load(Ordering::Relaxed);
-        match &*changes {
-            Some(changes) if last - seen <= REMEMBERED as u64 => {
+        match &*ports {
+            Some(ports) if last - seen <= REMEMBERED as u64 => {
                 for change in seen + 1..=last {
-                    let change = &changes[change as usize % REMEMBERED];
+                    let change = &ports.changes[change as usize % REMEMBERED];
                     forget(&change.range, change.leaves_only);
                 }
             }
@@ -235,7 +254,9 @@ impl TargetState {
 
     /// Adds the accesses that may use what they translated in `range`, after [`post`](Self::post).
     pub(super) fn drain(&self, range: &Range, drain: &mut Drain) {
-        drain.add(&lock(&self.slots), range);
+        if let Some(ports) = &*lock(&self.ports) {
+            drain.add(&ports.slots, range);
+        }
     }
 
     /// Puts `space` in force, with a number of its own, and makes that known. The caller holds
@@ -262,18 +283,14 @@ impl TargetState {
 
     /// Registers a port's slot.
     pub(super) fn add_slot(&self, slot: &Arc<Slot>) {
-        let unknown = || {
-            Box::new(std::array::from_fn(|_| Change {
-                range: EVERYTHING,
-                leaves_only: false,
-            }))
-        };
-        lock(&self.changes).get_or_insert_with(unknown);
-        lock(&self.slots).push(Arc::clone(slot));
+        let mut ports = lock(&self.ports);
+        ports.get_or_insert_default().slots.push(Arc::clone(slot));
     }
 
     /// Removes it again.
     pub(super) fn remove_slot(&self, slot: &Arc<Slot>) {
-        lock(&self.slots).retain(|other| !Arc::ptr_eq(other, slot));
+        if let Some(ports) = &mut *lock(&self.ports) {
+            ports.slots.retain(|other| !Arc::ptr_eq(other, slot));
+        }
     }
 }

@@ -86,7 +86,7 @@ impl Targets {
         {
             if let Some(range) = how(tagged.stages) {
                 let scope = Scope::Target(tag.target());
-                self.collect(tagged.backend, Invalidation { scope, range });
+                self.collect(tagged.backend.into(), Invalidation { scope, range });
             }
             return;
         }
@@ -120,7 +120,7 @@ impl Targets {
                 break;
             } else if let Some(range) = how(tagged.stages) {
                 let scope = Scope::Target(target);
-                self.collect_unflushed(tagged.backend, Invalidation { scope, range });
+                self.collect_unflushed(tagged.backend.into(), Invalidation { scope, range });
             }
         }
         self.tags = tags;
@@ -200,9 +200,7 @@ impl Targets {
                 e.unsee(target.pasid);
                 e.live.get_mut(&target.pasid)
             });
-            if let Some(Live::Entry { applied, .. }) = live
-                && std::mem::replace(applied, false)
-            {
+            if live.is_some_and(Live::lose) {
                 self.call_apply(target, Translation::Blocked);
                 self.refuse(target, true);
                 let reason = match self.is_scalable(target.endpoint) {

@@ -3,6 +3,7 @@
 //! differs; cached translations are forgotten by domain and PASID ([`iotlb`]).
 
 mod iotlb;
+mod live;
 mod refresh;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +13,7 @@ use bitfield_struct::bitfield;
 use serde::Serialize;
 use vm_memory::GuestMemoryMmap;
 
+use self::live::Live;
 use super::capabilities::Offer;
 use super::context::{self, Entry, Problem, ScalableContext};
 use super::fault::Recorded;
@@ -79,23 +81,9 @@ enum Stages {
 
 #[derive(Clone, Copy, Debug)]
 struct Tagged {
-    backend: usize,
+    /// A place in [`Targets::slots`]: there are no more than endpoints.
+    backend: u16,
     stages: Stages,
-}
-
-/// What a target has.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Live {
-    /// The tables give this translation. `pasid` is the number its tag has.
-    Entry {
-        entry: Entry,
-        pasid: u32,
-        /// The back end has it; else the target is Blocked, and it is asked again.
-        applied: bool,
-        scan: u32,
-    },
-    /// The tables are wrong. The guest was told.
-    Wrong { problem: Problem, scan: u32 },
 }
 
 struct Endpoint {
@@ -104,6 +92,9 @@ struct Endpoint {
     /// The entry that `context` was decoded from.
     context_words: [u64; 4],
     seen: Seen,
+    /// The number that the tag of requests without PASID has: RID_PASID as it was decoded, 0 in
+    /// legacy mode. Others have their PASID's.
+    plain: u32,
     /// Targets by PASID, `None` for requests without one. What is not here is Blocked.
     live: BTreeMap<Option<Pasid>, Live>,
 }
@@ -352,6 +343,7 @@ impl Targets {
             context: None,
             context_words: [0; 4],
             seen: Seen::default(),
+            plain: 0,
             live: BTreeMap::new(),
         };
         self.endpoints.insert(rid, endpoint);
@@ -417,23 +409,16 @@ impl Targets {
             let slot = self.slots.get(e.backend)?.as_ref()?;
             slot.backend.hwpt(target)
         };
-        let state = |(target, live, e): (Target, Live, &Endpoint)| match live {
-            Live::Entry { entry, applied, .. } => TargetState {
+        let state = |(target, live, e): (Target, Live, &Endpoint)| {
+            let given = live.given();
+            TargetState {
                 target,
-                domain: entry.did,
-                translation: entry.translation,
-                in_force: applied,
-                hwpt: hwpt(target, e),
-                problem: None,
-            },
-            Live::Wrong { problem, .. } => TargetState {
-                target,
-                domain: 0,
-                translation: Translation::Blocked,
-                in_force: true,
-                hwpt: None,
-                problem: Some(problem.reason),
-            },
+                domain: given.map_or(0, |entry| entry.did),
+                translation: given.map_or(Translation::Blocked, |entry| entry.translation),
+                in_force: given.is_none() || live.is_applied(),
+                hwpt: given.and_then(|_| hwpt(target, e)),
+                problem: live.problem().map(|problem| problem.reason),
+            }
         };
         (all.take(limit).map(state).collect(), total)
     }
@@ -482,10 +467,13 @@ impl Targets {
             return;
         };
         let (backend, now) = (endpoint.backend, self.scan);
+        // The number in the tag that there is, if there is one.
+        let numbered = target.pasid.map_or(endpoint.plain, |pasid| pasid.0);
         let mut known = endpoint.live.get_mut(&target.pasid);
         // Most of what an invalidation names did not change.
         if let Some(live) = &mut known
-            && live.is_still(decoded, pasid, now)
+            && numbered == pasid
+            && live.is_still(decoded, now)
         {
             return;
         }
@@ -498,37 +486,26 @@ impl Targets {
             self.counts.over_limit += 1;
             return;
         }
-        let was = match old {
-            Some(Live::Entry {
-                entry,
-                applied: true,
-                ..
-            }) => entry.translation,
-            _ => Translation::Blocked,
-        };
-        let old_entry = match old {
-            Some(Live::Entry { entry, pasid, .. }) => Some((entry.did, pasid)),
-            _ => None,
-        };
+        let was = old.filter(Live::is_applied).and_then(|old| old.given());
+        let was = was.map_or(Translation::Blocked, |entry| entry.translation);
         let applied = was == entry.translation || self.apply(target, entry.translation);
-        if old_entry != Some((entry.did, pasid))
-            && let Some((did, pasid)) = old_entry
-        {
-            self.tags_mut().remove(&Tag::of(target, did, pasid));
+        let old_tag = old.and_then(|old| old.domain());
+        let old_tag = old_tag.map(|did| Tag::of(target, did, numbered));
+        let tag = Tag::of(target, entry.did, pasid);
+        if let Some(old) = old_tag.filter(|old| *old != tag) {
+            self.tags_mut().remove(&old);
         }
         let tagged = Tagged {
-            backend,
+            backend: backend as u16,
             stages: stages(entry.translation),
         };
-        self.tags_mut()
-            .insert(Tag::of(target, entry.did, pasid), tagged);
-        let live = Live::Entry {
-            entry,
-            pasid,
-            applied,
-            scan: now,
-        };
-        self.insert(target, old, live);
+        self.tags_mut().insert(tag, tagged);
+        if target.pasid.is_none()
+            && let Some(endpoint) = self.endpoints.get_mut(&target.endpoint)
+        {
+            endpoint.plain = pasid;
+        }
+        self.insert(target, old, Live::entry(entry, applied, now));
     }
 
     fn tags_mut(&mut self) -> &mut BTreeMap<Tag, Tagged> {
@@ -539,11 +516,8 @@ impl Targets {
     /// The tables give `target` no translation. What is merely not there is no news; what is
     /// there and wrong is, once.
     fn set_wrong(&mut self, target: Target, old: Option<Live>, problem: Problem) {
-        if let Some(Live::Wrong { problem: known, .. }) = old
-            && known == problem
-        {
-            let scan = self.scan;
-            self.insert(target, old, Live::Wrong { problem, scan });
+        if old.is_some_and(|old| old.problem() == Some(problem)) {
+            self.insert(target, old, Live::wrong(problem, self.scan));
             return;
         }
         let full = target.pasid.is_some() && self.live_pasids >= MAX_LIVE_PASIDS;
@@ -555,8 +529,7 @@ impl Targets {
         if is_absent(problem.reason) {
             return;
         }
-        let scan = self.scan;
-        self.insert(target, None, Live::Wrong { problem, scan });
+        self.insert(target, None, Live::wrong(problem, self.scan));
         if !(problem.fpd && problem.reason.is_qualified()) {
             self.tell(target, problem.reason);
         }
@@ -574,7 +547,10 @@ impl Targets {
 
     /// Blocks a target in its back end, if it is not, and forgets it.
     fn block(&mut self, target: Target) {
-        if let Some(Live::Entry { .. }) = self.forget(target) {
+        if self
+            .forget(target)
+            .is_some_and(|live| live.domain().is_some())
+        {
             // Blocked cannot be refused: after a failure it is in force all the same.
             self.call_apply(target, Translation::Blocked);
         }
@@ -587,8 +563,9 @@ impl Targets {
         if target.pasid.is_some() {
             self.live_pasids -= 1;
         }
-        if let Live::Entry { entry, pasid, .. } = live {
-            self.tags_mut().remove(&Tag::of(target, entry.did, pasid));
+        let number = target.pasid.map_or(endpoint.plain, |pasid| pasid.0);
+        if let Some(did) = live.domain() {
+            self.tags_mut().remove(&Tag::of(target, did, number));
         }
         self.refuse(target, false);
         Some(live)
@@ -649,38 +626,13 @@ impl Targets {
 
     /// Asks again for what was refused.
     fn retry(&mut self, target: Target) {
-        let Some(Live::Entry { entry, pasid, .. }) = self
-            .endpoints
-            .get(&target.endpoint)
-            .and_then(|e| e.live.get(&target.pasid))
-            .copied()
-        else {
+        let Some(endpoint) = self.endpoints.get(&target.endpoint) else {
             return;
         };
-        self.set(target, pasid, Ok(entry));
-    }
-}
-
-impl Live {
-    /// Whether this is in force and still what the tables say. It was seen by scan `now` then.
-    fn is_still(&mut self, decoded: Result<Entry, Problem>, pasid: u32, now: u32) -> bool {
-        match self {
-            Self::Entry {
-                entry,
-                pasid: known,
-                applied: true,
-                scan,
-            } if decoded == Ok(*entry) && *known == pasid => {
-                *scan = now;
-                true
-            }
-            _ => false,
-        }
-    }
-
-    const fn scan(&self) -> u32 {
-        match self {
-            Self::Entry { scan, .. } | Self::Wrong { scan, .. } => *scan,
+        let number = target.pasid.map_or(endpoint.plain, |pasid| pasid.0);
+        let live = endpoint.live.get(&target.pasid);
+        if let Some(entry) = live.and_then(Live::given) {
+            self.set(target, number, Ok(entry));
         }
     }
 }

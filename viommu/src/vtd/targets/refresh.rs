@@ -125,10 +125,10 @@ impl Targets {
         self.set(target, pasid, decoded);
         if let Ok((words, fpd)) = read
             && let Some(endpoint) = self.endpoints.get_mut(&rid)
-            && matches!(
-                endpoint.live.get(&target.pasid),
-                Some(Live::Entry { applied: true, .. })
-            )
+            && endpoint
+                .live
+                .get(&target.pasid)
+                .is_some_and(Live::is_applied)
         {
             endpoint.seen.remember(pasid, words, fpd);
         }
@@ -216,7 +216,7 @@ impl Targets {
             while known.next_if(|(at, _)| **at < Some(Pasid(pasid))).is_some() {}
             let same = known
                 .next_if(|(at, _)| **at == Some(Pasid(pasid)))
-                .is_some_and(|(_, live)| live.is_still(decoded, pasid, now));
+                .is_some_and(|(_, live)| live.is_still(decoded, now));
             if !same {
                 changed.push((pasid, decoded));
             }
