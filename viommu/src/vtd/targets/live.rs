@@ -10,8 +10,6 @@ use crate::{DomainId, Gpa};
 pub(super) struct Live {
     /// Blocked when the tables are wrong.
     translation: Packed,
-    /// The last scan that saw it.
-    scan: u32,
     did: u16,
     fpd: bool,
     standing: Standing,
@@ -31,10 +29,9 @@ enum Standing {
 
 impl Live {
     /// The tables give `entry`, which the back end has or (not `applied`) refused.
-    pub(super) fn entry(entry: Entry, applied: bool, scan: u32) -> Self {
+    pub(super) fn entry(entry: Entry, applied: bool) -> Self {
         Self {
             translation: Packed::from(entry.translation),
-            scan,
             did: entry.did,
             fpd: entry.fpd,
             standing: match applied {
@@ -45,10 +42,9 @@ impl Live {
     }
 
     /// The tables are wrong, and the guest was told.
-    pub(super) fn wrong(problem: Problem, scan: u32) -> Self {
+    pub(super) fn wrong(problem: Problem) -> Self {
         Self {
             translation: Packed::from(Translation::Blocked),
-            scan,
             did: 0,
             fpd: problem.fpd,
             standing: Standing::Wrong(problem.reason),
@@ -96,21 +92,13 @@ impl Live {
         had
     }
 
-    /// Whether this is in force and still what the tables say. It was seen by scan `now` then.
+    /// Whether this is in force and still what the tables say.
     #[inline]
-    pub(super) fn is_still(&mut self, decoded: Result<Entry, Problem>, now: u32) -> bool {
-        let same = self.is_applied()
+    pub(super) fn is_still(&self, decoded: Result<Entry, Problem>) -> bool {
+        self.is_applied()
             && matches!(decoded, Ok(entry) if entry.did == self.did
                 && entry.fpd == self.fpd
-                && Packed::from(entry.translation) == self.translation);
-        if same {
-            self.scan = now;
-        }
-        same
-    }
-
-    pub(super) const fn scan(&self) -> u32 {
-        self.scan
+                && Packed::from(entry.translation) == self.translation)
     }
 }
 
@@ -239,12 +227,11 @@ mod tests {
             [fpd, applied] in any::<[bool; 2]>(),
         ) {
             let entry = Entry { did, translation, fpd };
-            let mut live = Live::entry(entry, applied, 7);
+            let mut live = Live::entry(entry, applied);
             prop_assert_eq!(live.given(), Some(entry));
-            prop_assert_eq!(live.is_still(Ok(entry), 8), applied);
-            prop_assert_eq!(live.scan(), if applied { 8 } else { 7 });
+            prop_assert_eq!(live.is_still(Ok(entry)), applied);
             prop_assert_eq!(live.lose(), applied);
-            prop_assert!(!live.is_still(Ok(entry), 9));
+            prop_assert!(!live.is_still(Ok(entry)));
         }
 
         #[test]
@@ -257,9 +244,9 @@ mod tests {
     fn what_is_wrong_is_no_entry() {
         for &reason in FaultReason::ALL {
             let problem = Problem { reason, fpd: true };
-            let mut live = Live::wrong(problem, 1);
+            let mut live = Live::wrong(problem);
             assert_eq!((live.given(), live.problem()), (None, Some(problem)));
-            assert!(!live.is_still(Err(problem), 2) && !live.lose());
+            assert!(!live.is_still(Err(problem)) && !live.lose());
         }
     }
 }

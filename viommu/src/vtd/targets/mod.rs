@@ -5,8 +5,10 @@
 mod iotlb;
 mod live;
 mod refresh;
+mod scan;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::RandomState;
 use std::sync::Arc;
 
 use bitfield_struct::bitfield;
@@ -14,6 +16,7 @@ use serde::Serialize;
 use vm_memory::GuestMemoryMmap;
 
 use self::live::Live;
+use self::scan::KnownTables;
 use super::capabilities::Offer;
 use super::context::{self, Entry, Problem, ScalableContext};
 use super::fault::Recorded;
@@ -31,8 +34,6 @@ pub const MAX_TABLES_PER_SCAN: u32 = 1 << 14;
 /// How many invalidations are collected for a back end before it gets them. More targets than
 /// this in one domain are invalidated with everything else, which is cheaper.
 const BATCH: usize = 512;
-/// Entries of a PASID directory that are read at a time: as many as the smallest one has.
-const DIRECTORY_CHUNK: usize = 128;
 /// How many faults one command leaves for the guest's log. It has room for 8.
 const FAULTS_PER_COMMAND: usize = 64;
 
@@ -92,6 +93,8 @@ struct Endpoint {
     /// The entry that `context` was decoded from.
     context_words: [u64; 4],
     seen: Seen,
+    /// Tables of PASID entries that are in force as they are.
+    tables: KnownTables,
     /// The number that the tag of requests without PASID has: RID_PASID as it was decoded, 0 in
     /// legacy mode. Others have their PASID's.
     plain: u32,
@@ -164,7 +167,10 @@ impl Endpoint {
     /// What a target has changes.
     fn unsee(&mut self, pasid: Option<Pasid>) {
         match (pasid, &self.context) {
-            (Some(pasid), _) => self.seen.forget(pasid.0),
+            (Some(pasid), _) => {
+                self.seen.forget(pasid.0);
+                self.tables.forget(pasid);
+            }
             (None, Some(context)) => self.seen.forget(context.rid_pasid),
             (None, None) => self.seen.clear(),
         }
@@ -277,8 +283,8 @@ pub(super) struct Targets {
     /// The keys of `endpoints`.
     rids: Vec<Rid>,
     live_pasids: usize,
-    /// Number of the current scan of PASID tables.
-    scan: u32,
+    /// For [`KnownTables`]: of this process, and of no guest's choice.
+    sums: RandomState,
     pub(super) outcome: Outcome,
     pub(super) counts: TargetCounts,
     /// Whether a global PASID-cache invalidation is still to be done.
@@ -305,7 +311,7 @@ impl Targets {
             due: BTreeSet::new(),
             rids: Vec::new(),
             live_pasids: 0,
-            scan: 0,
+            sums: RandomState::new(),
             outcome: Outcome::default(),
             counts: TargetCounts::default(),
             rescan: false,
@@ -343,6 +349,7 @@ impl Targets {
             context: None,
             context_words: [0; 4],
             seen: Seen::default(),
+            tables: KnownTables::default(),
             plain: 0,
             live: BTreeMap::new(),
         };
@@ -452,6 +459,7 @@ impl Targets {
         };
         endpoint.context = None;
         endpoint.seen.clear();
+        endpoint.tables.clear();
         let keys: Vec<_> = endpoint.live.keys().copied().collect();
         for pasid in keys.into_iter().filter(|pasid| Some(*pasid) != keep) {
             self.block(Target {
@@ -466,18 +474,14 @@ impl Targets {
         let Some(endpoint) = self.endpoints.get_mut(&target.endpoint) else {
             return;
         };
-        let (backend, now) = (endpoint.backend, self.scan);
+        let backend = endpoint.backend;
         // The number in the tag that there is, if there is one.
         let numbered = target.pasid.map_or(endpoint.plain, |pasid| pasid.0);
-        let mut known = endpoint.live.get_mut(&target.pasid);
+        let old = endpoint.live.get(&target.pasid).copied();
         // Most of what an invalidation names did not change.
-        if let Some(live) = &mut known
-            && numbered == pasid
-            && live.is_still(decoded, now)
-        {
+        if numbered == pasid && old.is_some_and(|live| live.is_still(decoded)) {
             return;
         }
-        let old = known.copied();
         let entry = match decoded {
             Ok(entry) => entry,
             Err(problem) => return self.set_wrong(target, old, problem),
@@ -505,7 +509,7 @@ impl Targets {
         {
             endpoint.plain = pasid;
         }
-        self.insert(target, old, Live::entry(entry, applied, now));
+        self.insert(target, old, Live::entry(entry, applied));
     }
 
     fn tags_mut(&mut self) -> &mut BTreeMap<Tag, Tagged> {
@@ -517,7 +521,6 @@ impl Targets {
     /// there and wrong is, once.
     fn set_wrong(&mut self, target: Target, old: Option<Live>, problem: Problem) {
         if old.is_some_and(|old| old.problem() == Some(problem)) {
-            self.insert(target, old, Live::wrong(problem, self.scan));
             return;
         }
         let full = target.pasid.is_some() && self.live_pasids >= MAX_LIVE_PASIDS;
@@ -529,7 +532,7 @@ impl Targets {
         if is_absent(problem.reason) {
             return;
         }
-        self.insert(target, None, Live::wrong(problem, self.scan));
+        self.insert(target, None, Live::wrong(problem));
         if !(problem.fpd && problem.reason.is_qualified()) {
             self.tell(target, problem.reason);
         }

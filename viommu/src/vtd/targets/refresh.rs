@@ -1,13 +1,11 @@
-//! Decoding the guest's entries again when it says that they changed, and finding PASIDs that it
-//! did not name.
+//! Decoding the guest's entries again when it says that they changed.
 
-use super::{DIRECTORY_CHUNK, Live, MAX_TABLES_PER_SCAN, Targets, View};
+use super::{Live, MAX_TABLES_PER_SCAN, Targets, View};
 use crate::spec::vtd::descriptor::{ContextScope, PasidScope};
 use crate::spec::vtd::registers::{Rtaddr, TranslationTableMode};
-use crate::spec::vtd::tables::{PASID_DIRECTORY_ENTRY_SIZE, PASID_TABLE_ENTRIES};
-use crate::vtd::context::{self, Context, ScalableContext, read_words};
+use crate::vtd::context::{self, Context};
 use crate::vtd::pasid;
-use crate::{Pasid, Rid, Target};
+use crate::{Rid, Target};
 
 impl Targets {
     /// Translation is on, or has a new root table: everything is decoded again.
@@ -84,6 +82,7 @@ impl Targets {
                 let was = endpoint.context.replace(context);
                 if was != Some(context) {
                     endpoint.seen.clear();
+                    endpoint.tables.clear();
                 }
                 self.refresh_pasid(view, rid, context.rid_pasid);
                 if scan && was != Some(context) {
@@ -150,100 +149,6 @@ impl Targets {
             self.retry(target);
         }
         self.flush();
-    }
-
-    /// Decodes every present PASID entry of an endpoint but RID_PASID's: page by page of the
-    /// directory, present tables only, at most `tables` of them.
-    pub(super) fn scan_pasids(&mut self, view: View, rid: Rid, tables: &mut u32) {
-        self.scan = self.scan.wrapping_add(1);
-        let Some(context) = self.endpoints.get(&rid).and_then(|e| e.context) else {
-            return;
-        };
-        let entries = context.pasids / PASID_TABLE_ENTRIES;
-        let mut chunk_at = 0;
-        while context.paside && chunk_at < entries {
-            let at = context.directory.0 + u64::from(chunk_at) * PASID_DIRECTORY_ENTRY_SIZE;
-            let chunk = read_words::<DIRECTORY_CHUNK>(view.ram, at);
-            for (i, bits) in chunk.into_iter().flatten().enumerate() {
-                let Ok((table, fpd)) = pasid::directory_entry(bits, context.fpd) else {
-                    continue;
-                };
-                if *tables == 0 {
-                    self.counts.over_limit += 1;
-                    continue;
-                }
-                *tables -= 1;
-                self.counts.tables_scanned += 1;
-                let Some(table) = pasid::table(view.ram, table) else {
-                    continue;
-                };
-                let first = (chunk_at + i as u32) * PASID_TABLE_ENTRIES;
-                self.scan_table(view, rid, &context, first, fpd, &table);
-            }
-            chunk_at += DIRECTORY_CHUNK as u32;
-        }
-        self.sweep(rid);
-    }
-
-    /// Decodes the PASID entries of one table, whose first one is of PASID `first`. The table and
-    /// what is known are in the same order, so that entries that did not change (nearly all) cost
-    /// no search.
-    fn scan_table(
-        &mut self,
-        view: View,
-        rid: Rid,
-        context: &ScalableContext,
-        first: u32,
-        fpd: bool,
-        table: &[[u64; 8]; PASID_TABLE_ENTRIES as usize],
-    ) {
-        let now = self.scan;
-        let Some(endpoint) = self.endpoints.get_mut(&rid) else {
-            return;
-        };
-        let last = first + PASID_TABLE_ENTRIES - 1;
-        let mut known = endpoint
-            .live
-            .range_mut(Some(Pasid(first))..=Some(Pasid(last)))
-            .peekable();
-        let mut changed = Vec::new();
-        for (pasid, words) in (first..).zip(table) {
-            // Bit 0 of the first word is P.
-            if words[0] & 1 == 0 || pasid == context.rid_pasid {
-                continue;
-            }
-            let decoded = pasid::entry(view.offer, *words, fpd);
-            while known.next_if(|(at, _)| **at < Some(Pasid(pasid))).is_some() {}
-            let same = known
-                .next_if(|(at, _)| **at == Some(Pasid(pasid)))
-                .is_some_and(|(_, live)| live.is_still(decoded, now));
-            if !same {
-                changed.push((pasid, decoded));
-            }
-        }
-        for (pasid, decoded) in changed {
-            self.set(Target::pasid(rid, Pasid(pasid)), pasid, decoded);
-        }
-    }
-
-    /// Blocks the PASIDs that the last scan did not see.
-    pub(super) fn sweep(&mut self, rid: Rid) {
-        let scan = self.scan;
-        let Some(endpoint) = self.endpoints.get(&rid) else {
-            return;
-        };
-        let gone: Vec<_> = endpoint
-            .live
-            .iter()
-            .filter(|(pasid, live)| pasid.is_some() && live.scan() != scan)
-            .map(|(pasid, _)| *pasid)
-            .collect();
-        for pasid in gone {
-            self.block(Target {
-                endpoint: rid,
-                pasid,
-            });
-        }
     }
 }
 
