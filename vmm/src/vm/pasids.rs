@@ -17,6 +17,10 @@ use super::viommus::ViommuError;
 use crate::config::PlatformConfig;
 use crate::control::Event;
 
+/// Bits of the PASIDs that guests get. Linux up to 6.3, the guest that has virtual commands, keeps
+/// 16 bits of the number in its command to free one: wider ones would never come back.
+const BITS: u8 = 16;
+
 /// All units of a VM share one.
 #[derive(Debug)]
 pub(super) struct VmPasids {
@@ -33,7 +37,7 @@ impl VmPasids {
         Self {
             platform: platform.clone(),
             told: told.clone(),
-            bits: AtomicU8::new(Pasid::BITS),
+            bits: AtomicU8::new(BITS),
             host: OnceLock::new(),
         }
     }
