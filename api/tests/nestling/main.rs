@@ -8,6 +8,8 @@ mod bad_input;
 #[cfg(test)]
 mod document;
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod run;
 #[cfg(test)]
 mod support;

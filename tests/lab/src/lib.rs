@@ -13,6 +13,7 @@ pub mod place;
 pub mod profile;
 pub mod programs;
 pub mod report;
+pub mod schemathesis;
 pub mod setup;
 pub mod shell;
 pub mod suite;

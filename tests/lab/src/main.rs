@@ -14,7 +14,7 @@ use lab::machine::Hosts;
 use lab::place::{PLAIN, Place, Test, has_kvm};
 use lab::report::{Tally, step};
 use lab::setup::Supplies;
-use lab::{cache, debian, images, programs, report, setup, shell, suite};
+use lab::{cache, debian, images, programs, report, schemathesis, setup, shell, suite};
 
 /// Everything that proves nestling, on any machine.
 ///
@@ -126,7 +126,10 @@ fn run(cli: &Cli) -> Result<bool> {
                 }
             }
         }
-        Command::Setup => Supplies::get(&lab.root, &lab.cache, true).map(|_| true),
+        Command::Setup => {
+            schemathesis::python(&lab.root, &lab.cache)?;
+            Supplies::get(&lab.root, &lab.cache, true).map(|_| true)
+        }
         Command::Kernel => {
             let kernel = setup::build_kernel(&lab.root, &lab.cache)?;
             println!("{}", kernel.display());
@@ -220,6 +223,7 @@ impl Lab {
         suite::lints(&self.root, &mut tally);
         suite::units(&self.root, &mut tally)?;
         suite::fuzzing(&self.root, &mut tally);
+        suite::api(&self.root, &self.cache, &mut tally);
         if !no_guests {
             let (place, tests) = self.prepare(|test| !test.on_request)?;
             let beside = place.beside();

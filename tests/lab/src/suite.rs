@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::cache::Cache;
 use crate::dependencies;
 use crate::fuzz::Fuzzers;
 use crate::place::{Place, Test};
 use crate::report::{Tally, section};
+use crate::schemathesis;
 
 /// How long each fuzz target runs as part of the tests.
 const FUZZ_TIME: Duration = Duration::from_secs(10);
@@ -99,6 +101,27 @@ pub fn fuzzing(root: &Path, tally: &mut Tally) {
         Ok(done) => tally.add("fuzz targets", done.passed, done.failed),
         Err(error) => tally.check("the fuzz targets build and run", || Err(error)),
     }
+}
+
+/// The API, asked for everything that its document allows or forbids.
+pub fn api(root: &Path, cache: &Cache, tally: &mut Tally) {
+    tally.check("the API, from its document", || {
+        let python = schemathesis::python(root, cache)?;
+        let mut command = Command::new("cargo");
+        command
+            .args(["test", "--quiet", "--locked", "--package", "api"])
+            .args(["--test", "nestling", "--", "--ignored", "--nocapture"])
+            .arg("fuzz::")
+            .env("NESTLING_SCHEMATHESIS", python)
+            .current_dir(root);
+        let output = command.output().context("cannot start cargo test")?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        // A test of another name would be none.
+        if !output.status.success() || count(&text) != (1, 0) {
+            bail!("{text}{}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    });
 }
 
 /// Guest tests, in all `places` at the same time, those of one profile after each other so that
