@@ -1,69 +1,160 @@
-//! What it takes to have guest RAM ready for DMA, per GiB: ours against the host's own fault and
-//! clear, in the same run, interleaved. Printed as ratios; the absolute figures are this machine's.
+//! What it takes to have guest RAM ready for DMA, per GiB: faulted in by [`prefault`] and then
+//! pinned and mapped in one call, against that call alone, which faults page by page on one thread.
+//! In the same run, interleaved; printed as ratios, since the absolute figures are this machine's.
 //!
-//! Pinning itself needs a host IOMMU; clearing pages is most of a first map, and the part that can
-//! be divided. Where there is `/dev/iommu`, the whole of it is measured.
+//! Where the kernel's iommufd has its mock devices (`CONFIG_IOMMUFD_TEST`, the lab's host:
+//! `cargo lab bench stage2`), the call is `IOMMU_IOAS_MAP` of an address space that a device is
+//! attached to. Elsewhere registering the memory with io_uring stands in for it: it pins in the same
+//! way, and has no tables to fill.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report to")]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use viommu::GuestRam;
-use viommu::backend::iommufd::kernel::Linux;
-use viommu::backend::iommufd::{HostIommu, prefault};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use viommu::backend::Access;
+use viommu::backend::iommufd::kernel::{Kernel, Linux};
+use viommu::backend::iommufd::prefault;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-const LENGTH: usize = 512 << 20;
+const LENGTH: usize = 256 << 20;
 const ROUNDS: usize = 9;
 
 #[derive(Clone, Copy)]
 enum Pages {
     Memfd,
+    HugeMemfd,
     Anonymous,
-    Huge,
+    HugeAnonymous,
 }
 
-fn ram(pages: Pages) -> GuestRam {
+/// Guest RAM that nobody has touched; `None` when the host has no such pages to give.
+fn ram(pages: Pages) -> Option<GuestRam> {
     let file = match pages {
-        Pages::Memfd => {
+        Pages::Memfd | Pages::HugeMemfd => {
+            let huge = match pages {
+                Pages::HugeMemfd => libc::MFD_HUGETLB,
+                _ => 0,
+            };
             // SAFETY: the name is a C string that lives through the call.
-            let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
-            assert!(fd >= 0);
+            let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | huge) };
+            if fd < 0 {
+                return None;
+            }
             // SAFETY: the call made this descriptor for us alone.
             let file = unsafe { File::from_raw_fd(fd) };
-            file.set_len(LENGTH as u64).unwrap();
+            file.set_len(LENGTH as u64).ok()?;
             Some(FileOffset::new(file, 0))
         }
-        Pages::Anonymous | Pages::Huge => None,
+        Pages::Anonymous | Pages::HugeAnonymous => None,
     };
-    let ram = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), LENGTH, file)]).unwrap();
+    let place = GuestAddress(0);
+    let ram = GuestMemoryMmap::from_ranges_with_files([(place, LENGTH, file)]).ok()?;
     let advice = match pages {
-        Pages::Huge => libc::MADV_HUGEPAGE,
+        Pages::HugeAnonymous | Pages::HugeMemfd => libc::MADV_HUGEPAGE,
         Pages::Memfd | Pages::Anonymous => libc::MADV_NOHUGEPAGE,
     };
-    advise(&ram, advice);
-    Arc::new(ram)
+    let address = ram.get_host_address(place).ok()?;
+    // SAFETY: the range is one mapping that `ram` keeps alive; the advice changes no contents.
+    // Memory that is huge by its file needs none, and takes none.
+    unsafe { libc::madvise(address.cast(), LENGTH, advice) };
+    Some(Arc::new(ram))
 }
 
-fn advise(ram: &GuestMemoryMmap<()>, advice: i32) -> bool {
-    let address = ram.get_host_address(GuestAddress(0)).unwrap();
-    // SAFETY: the range is one mapping that `ram` keeps alive; no advice used here changes
-    // contents.
-    unsafe { libc::madvise(address.cast(), LENGTH, advice) == 0 }
+/// What pins memory, made ready before the clock runs.
+enum Pinning {
+    /// An address space with a mock device.
+    Iommufd(Box<Linux>, u32),
+    IoUring(OwnedFd),
 }
 
-/// One call for all of it: what the kernel does on its own, on one thread.
-fn raw(ram: &GuestRam) {
-    assert!(
-        advise(ram, libc::MADV_POPULATE_WRITE),
-        "{}",
-        io::Error::last_os_error()
+impl Pinning {
+    fn is_iommufd() -> bool {
+        mock().is_some()
+    }
+
+    fn prepare() -> io::Result<Self> {
+        if let Some((kernel, ioas)) = mock() {
+            return Ok(Self::Iommufd(Box::new(kernel), ioas));
+        }
+        // `struct io_uring_params`: all zero asks for nothing special.
+        let mut parameters = [0u8; 120];
+        let entries = 1;
+        // SAFETY: the structure is as large as the kernel's, which fills it and keeps nothing of it.
+        let fd =
+            unsafe { libc::syscall(libc::SYS_io_uring_setup, entries, parameters.as_mut_ptr()) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call made this descriptor for us alone.
+        Ok(Self::IoUring(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+    }
+
+    /// Pins all of `ram`, until this value goes.
+    fn pin(&self, ram: &GuestRam) -> io::Result<()> {
+        const REGISTER_BUFFERS: u32 = 0;
+        let region = ram.iter().next().unwrap();
+        let address = ram.get_host_address(GuestAddress(0)).unwrap();
+        match self {
+            Self::Iommufd(kernel, ioas) => match region.file_offset() {
+                Some(file) => {
+                    let file = file.file().as_fd();
+                    kernel.map_file(*ioas, file, 0, LENGTH as u64, 0, Access::READ_WRITE)
+                }
+                None => {
+                    let at = address as u64;
+                    kernel.map(*ioas, at, LENGTH as u64, 0, Access::READ_WRITE)
+                }
+            },
+            Self::IoUring(ring) => {
+                let buffer = libc::iovec {
+                    iov_base: address.cast(),
+                    iov_len: LENGTH,
+                };
+                // SAFETY: one buffer is passed, in a mapping that `ram` keeps alive until after
+                // the ring is closed.
+                let done = unsafe {
+                    libc::syscall(
+                        libc::SYS_io_uring_register,
+                        ring.as_raw_fd(),
+                        REGISTER_BUFFERS,
+                        &raw const buffer,
+                        1,
+                    )
+                };
+                if done < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// An address space of the kernel's iommufd with a mock device attached, so that what is mapped is
+/// pinned; `None` where there is none.
+fn mock() -> Option<(Linux, u32)> {
+    /// `_IO(';', 0xa0)`, and its operation that makes a device.
+    const TEST: libc::c_ulong = 0x3ba0;
+    const MOCK_DOMAIN: u32 = 2;
+    let kernel = Linux::from(
+        File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/iommu")
+            .ok()?,
     );
+    let ioas = kernel.ioas_alloc().ok()?;
+    // `struct iommu_test_cmd`: its size, the operation, the address space.
+    let mut command = [0u32; 18];
+    command[..3].copy_from_slice(&[size_of::<[u32; 18]>() as u32, MOCK_DOMAIN, ioas]);
+    // SAFETY: the first word is the size of the structure that the kernel reads and writes.
+    let done = unsafe { libc::ioctl(kernel.as_fd().as_raw_fd(), TEST, command.as_mut_ptr()) };
+    (done == 0).then_some((kernel, ioas))
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {
@@ -71,50 +162,57 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-type Contender = (&'static str, fn(&GuestRam));
+/// Faults in ahead on so many threads, if any, then pins: the time of both.
+fn set_up(pages: Pages, threads: Option<usize>) -> Option<Duration> {
+    let ram = ram(pages)?;
+    let pinning = Pinning::prepare().unwrap();
+    let start = Instant::now();
+    if let Some(threads) = threads {
+        prefault(&ram, threads).ok()?;
+    }
+    let pinned = pinning.pin(&ram);
+    let time = start.elapsed();
+    pinned.ok()?;
+    Some(time)
+}
 
 fn main() {
-    let contenders: [Contender; 3] = [
-        ("raw, 1 thread", raw),
-        ("ours, 1 thread", |ram| prefault(ram, 1).unwrap()),
-        ("ours, 2 threads", |ram| prefault(ram, 2).unwrap()),
+    let how = match Pinning::is_iommufd() {
+        true => "IOMMU_IOAS_MAP",
+        false => "io_uring's pinning",
+    };
+    println!("stage-2 set-up of {} MiB by {how}:", LENGTH >> 20);
+    let contenders = [
+        ("raw", None),
+        ("faulted in ahead, 1 thread", Some(1)),
+        ("faulted in ahead, 2 threads", Some(2)),
     ];
     let kinds = [
-        ("4 KiB anonymous", Pages::Anonymous),
-        ("huge anonymous", Pages::Huge),
-        ("memfd", Pages::Memfd),
+        ("4 KiB pages of a memfd", Pages::Memfd),
+        ("4 KiB pages", Pages::Anonymous),
+        ("transparent huge pages", Pages::HugeAnonymous),
+        ("huge pages of a memfd", Pages::HugeMemfd),
     ];
     for (kind, pages) in kinds {
+        if set_up(pages, None).is_none() {
+            println!("{kind}: not to be had here");
+            continue;
+        }
         let mut times = vec![Vec::new(); contenders.len()];
+        let mut ratios = vec![Vec::new(); contenders.len()];
         for _ in 0..ROUNDS {
-            for ((_, work), times) in contenders.iter().zip(&mut times) {
-                let ram = ram(pages);
-                let start = Instant::now();
-                work(&ram);
-                times.push(start.elapsed());
+            let round = contenders.map(|(_, threads)| set_up(pages, threads).unwrap());
+            for (n, time) in round.into_iter().enumerate() {
+                times[n].push(time);
+                ratios[n].push(round[0].div_duration_f64(time));
             }
         }
-        let medians = times.into_iter().map(median).collect::<Vec<_>>();
-        for ((name, _), time) in contenders.iter().zip(&medians) {
+        for (n, (name, _)) in contenders.iter().enumerate() {
+            let time = median(std::mem::take(&mut times[n]));
             let per_gib = time.as_secs_f64() * 1e3 * (1u64 << 30) as f64 / LENGTH as f64;
-            let ratio = time.as_secs_f64() / medians[0].as_secs_f64();
-            println!("stage-2 set-up, {kind}: {name}: {ratio:.2}x raw ({per_gib:.0} ms/GiB)");
-        }
-    }
-    if !Path::new("/dev/iommu").exists() {
-        println!("stage-2 set-up: no /dev/iommu here, so nothing is pinned");
-        return;
-    }
-    for (kind, pages) in kinds {
-        let ram = ram(pages);
-        prefault(&ram, 2).unwrap();
-        let Ok(kernel) = Linux::open(Path::new("/dev/iommu")) else {
-            return println!("stage-2 set-up: /dev/iommu may not be opened by this user");
-        };
-        let start = Instant::now();
-        match HostIommu::new(Arc::new(kernel), ram) {
-            Ok(_host) => println!("stage-2 set-up, {kind}: mapped in {:?}", start.elapsed()),
-            Err(error) => println!("stage-2 set-up, {kind}: {error}"),
+            ratios[n].sort_unstable_by(f64::total_cmp);
+            let faster = ratios[n][ROUNDS / 2];
+            println!("{kind}: {name}: {per_gib:.0} ms/GiB, {faster:.2} times as fast");
         }
     }
 }

@@ -538,16 +538,16 @@ pub fn sva_one(address: &str, index: u64) -> Result<()> {
     Ok(())
 }
 
-/// `munmap`, and the end of the process, while the device works in its memory.
+/// `munmap`, `rounds` times, and the end of the process, while the device works in its memory.
 ///
 /// # Errors
 /// What does not hold.
-pub fn unmap(address: &str) -> Result<()> {
+pub fn unmap(address: &str, rounds: u32) -> Result<()> {
     let bound = Bound::new(address)?;
     let page = bound.channel(0)?;
     let channel = Channel::alone(&page);
     let how = How::sva(bound.pasid());
-    for _ in 0..32 {
+    for _ in 0..rounds {
         let memory = Memory::new(256 << 12, Some(SHARED_PLACE))?;
         channel.set_pattern(u64::MAX);
         channel.start(Operation::Fill, how, 0, memory.address(), memory.len());

@@ -50,7 +50,11 @@ fn run(words: &[&str]) -> Result<()> {
         ["fork", address] => process_checks::forked(address),
         ["apart", address] => process_checks::apart(address),
         ["counts", address] => process_checks::counts(address),
-        ["unmap", address] => checks::unmap(address),
+        ["unmap", address] => checks::unmap(address, 32),
+        ["unmap", address, rounds] => {
+            let rounds = rounds.parse().context("ROUNDS is a number")?;
+            checks::unmap(address, rounds)
+        }
         ["reuse", address] => checks::reuse(address),
         ["hold", address] => checks::hold(address),
         _ => bail!(

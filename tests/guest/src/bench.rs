@@ -1,5 +1,7 @@
 //! Measurements, beside QEMU in the same run. They print ratios; none asserts a time.
 
+mod nvme;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,6 +22,11 @@ pub const TESTS: &[Test] = &[
     Test::new("map", crate::mapping::bench)
         .limit(900)
         .on_request(),
+    Test::new("nvme", nvme::run)
+        .profile("vtd")
+        .limit(1500)
+        .on_request(),
+    Test::new("stage2", stage2).limit(900).on_request(),
 ];
 
 /// Runs of each measurement; the median is shown.
@@ -79,6 +86,26 @@ fn boot(lab: &Lab) -> Result<()> {
         ],
         &rows,
     );
+    Ok(())
+}
+
+/// The benchmark of the package that maps guest memory, on this kernel's iommufd.
+fn stage2(lab: &Lab) -> Result<()> {
+    // As many huge pages as it takes at a time.
+    let pages = Path::new("/proc/sys/vm/nr_hugepages");
+    let before = fs::read_to_string(pages)?;
+    fs::write(pages, "160")?;
+    let output = Command::new(lab.shared("bin/stage2_setup")).output();
+    fs::write(pages, before.trim())?;
+    let output = output.context("stage2_setup")?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        show(line);
+    }
     Ok(())
 }
 

@@ -75,7 +75,7 @@ pub(crate) fn check(guest: &mut Machine, what: &str) -> Result<String> {
 /// Takes the faults that a check made on purpose out of the kernel's log. All of them name the
 /// engine, and each of `expected` (kind, PASID, address, reason) is among them. The kernel tells
 /// of about five in five seconds.
-fn faults_are(guest: &mut Machine, expected: &[(&str, &str, u64, u8)]) -> Result<()> {
+pub(crate) fn faults_are(guest: &mut Machine, expected: &[(&str, &str, u64, u8)]) -> Result<()> {
     let at = address(guest)?;
     let missing = |log: &str| {
         let told = |(kind, pasid, address, reason): &&(&str, &str, u64, u8)| {
@@ -105,7 +105,7 @@ fn faults_are(guest: &mut Machine, expected: &[(&str, &str, u64, u8)]) -> Result
     Ok(())
 }
 
-const NO_PASID: &str = "NO_PASID";
+pub(crate) const NO_PASID: &str = "NO_PASID";
 /// Where `dma-engine` maps its buffers.
 const IOVA: u64 = 0x5_0000_0000;
 /// Where it has the memory of processes.

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::cpio::Archive;
-use crate::programs::KERNEL_TESTS;
+use crate::programs::KERNEL_PROGRAMS;
 use crate::setup::{LAB_KERNEL, Qemu, Supplies};
 
 /// The kernels of guests whose host is a guest.
@@ -26,9 +26,10 @@ pub fn make(supplies: &Supplies, programs: &Path, lab: &Path) -> Result<()> {
         place(&programs.join(program), &bin.join(program))?;
     }
     // Those are only built for the guest tests that run them.
-    for (_, test) in KERNEL_TESTS {
-        if programs.join(test).exists() {
-            place(&programs.join(test), &bin.join(test))?;
+    for program in KERNEL_PROGRAMS {
+        let built = programs.join(program.name);
+        if built.exists() {
+            place(&built, &bin.join(program.name))?;
         }
     }
     // Debugging information would be most of every guest's initramfs.

@@ -178,9 +178,11 @@ impl Lab {
         })?;
         let mut tests = suite::list(&programs)?;
         tests.retain(choose);
-        if tests.iter().any(|test| test.name.starts_with("kernel::")) {
+        let runs = |of: &str| tests.iter().any(|test| test.name.starts_with(of));
+        let more = programs::for_kernel(runs);
+        if !more.is_empty() {
             step("build the tests of the host's kernel", || {
-                programs::build_kernel_tests(&self.root)
+                programs::build_for_kernel(&self.root, &more)
             })?;
         }
         let measured = tests.iter().any(|test| test.name.starts_with("bench::"));

@@ -13,11 +13,42 @@ const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 /// The profile of the workspace they are built with.
 const PROFILE: &str = "lab";
 
-/// Tests of the back end that need the lab's kernel: package and name. They are programs of their
-/// own, which the guest tests run there.
-pub const KERNEL_TESTS: [(&str, &str); 2] = [("viommu", "iommufd_mock"), ("devices", "vfio_edu")];
+/// A test or a benchmark of a package that needs the lab's kernel: a program of its own, which a
+/// guest test runs there.
+#[derive(Debug)]
+pub struct KernelProgram {
+    package: &'static str,
+    /// `test` or `bench`.
+    kind: &'static str,
+    /// Its name.
+    pub name: &'static str,
+    /// What the names of the guest tests that run it begin with.
+    of: &'static str,
+}
 
-/// Builds them, but for [`KERNEL_TESTS`], and gives the folder they are in.
+/// All of them.
+pub const KERNEL_PROGRAMS: [KernelProgram; 3] = [
+    KernelProgram {
+        package: "viommu",
+        kind: "test",
+        name: "iommufd_mock",
+        of: "kernel::",
+    },
+    KernelProgram {
+        package: "devices",
+        kind: "test",
+        name: "vfio_edu",
+        of: "kernel::",
+    },
+    KernelProgram {
+        package: "viommu",
+        kind: "bench",
+        name: "stage2_setup",
+        of: "bench::stage2",
+    },
+];
+
+/// Builds them, but for [`KERNEL_PROGRAMS`], and gives the folder they are in.
 ///
 /// # Errors
 /// The build failed; its output is on the terminal.
@@ -31,19 +62,27 @@ pub fn build(root: &Path) -> Result<PathBuf> {
     Ok(folder(root))
 }
 
-/// Builds [`KERNEL_TESTS`] into the same folder: they take as long as everything else, and only the
-/// guest tests of `kernel::` run them.
+/// Those of [`KERNEL_PROGRAMS`] that a chosen guest test runs.
+pub fn for_kernel(chosen: impl Fn(&str) -> bool) -> Vec<KernelProgram> {
+    let mut programs = Vec::from(KERNEL_PROGRAMS);
+    programs.retain(|program| chosen(program.of));
+    programs
+}
+
+/// Builds such programs into the same folder: they take as long as everything else.
 ///
 /// # Errors
 /// The build failed; its output is on the terminal.
-pub fn build_kernel_tests(root: &Path) -> Result<()> {
+pub fn build_for_kernel(root: &Path, programs: &[KernelProgram]) -> Result<()> {
     let folder = folder(root);
-    for (package, name) in KERNEL_TESTS {
-        let mut test = cargo(root, "test");
-        test.args(["--package", package, "--test", name, "--no-run"]);
-        let messages = output(test.arg("--message-format=json-render-diagnostics"))?;
+    for program in programs {
+        let (kind, name) = (program.kind, program.name);
+        let mut build = cargo(root, kind);
+        build.args(["--package", program.package, "--no-run"]);
+        build.args([&format!("--{kind}"), name]);
+        let messages = output(build.arg("--message-format=json-render-diagnostics"))?;
         let program = executable(&messages)
-            .with_context(|| format!("cargo does not say where the test {name} is"))?;
+            .with_context(|| format!("cargo does not say where the {kind} {name} is"))?;
         let half = folder.join(format!("{name}.new"));
         fs::copy(&program, &half).with_context(|| format!("cannot copy {program}"))?;
         fs::rename(&half, folder.join(name))?;

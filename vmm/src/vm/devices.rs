@@ -21,6 +21,7 @@ use devices::virtio::{
     TapSource, VirtioDevice, VirtioPci, VirtioPciError,
 };
 use viommu::Rid;
+use viommu::backend::Capabilities;
 use viommu::backend::software::EndpointConfig;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -127,8 +128,8 @@ pub(super) struct Devices {
     // After `viommus`, which let go of them first.
     pub(super) plugged: Vec<Plugged>,
     pub(super) passthrough: Option<Passthrough>,
-    /// It is there for devices that came while the guest ran.
-    pub(super) opened_late: bool,
+    /// What the guest was offered of the host's IOMMU at boot, if devices of the host were there.
+    pub(super) offered: Option<Capabilities>,
     pub(super) slots: Slots,
     /// The functions that are always there, as clients see them.
     pub(super) fixed: Vec<(Rid, DeviceNode)>,
@@ -223,7 +224,7 @@ impl Devices {
         let mut devices = Self {
             viommus,
             plugged: Vec::new(),
-            opened_late: passthrough.is_none(),
+            offered: None,
             passthrough,
             slots: Slots::new([], [], 0),
             anchors: Vec::new(),
@@ -314,7 +315,7 @@ impl Devices {
             self.plugged
                 .push(Plugged::new(New::Device(config), rid, home, Some(passed)));
         }
-        passthrough.freeze();
+        self.offered = Some(passthrough.freeze());
         Ok(())
     }
 

@@ -311,7 +311,8 @@ impl Devices {
         progress(Step::Open);
         let first = self.passthrough.is_none();
         if first {
-            self.passthrough = Some(Passthrough::open(&self.kvm, self.paging).at(Step::Open)?);
+            let opened = Passthrough::open(&self.kvm, self.paging, self.offered);
+            self.passthrough = Some(opened.at(Step::Open)?);
         }
         let plugged = self.plug_admitted(slot, config, progress);
         if plugged.is_err() && first {
@@ -416,7 +417,7 @@ impl Devices {
         let mut plugged = self.plugged.remove(at);
         // The host's device is closed here.
         drop(plugged.passed.take());
-        if self.opened_late && self.plugged.iter().all(|other| other.passed.is_none()) {
+        if self.plugged.iter().all(|other| other.passed.is_none()) {
             // Guest memory is pinned for devices that are there, and for no longer.
             self.passthrough = None;
         }

@@ -17,7 +17,7 @@ use devices::passthrough::{
 };
 use devices::pci::root::{RootError, Slot};
 use devices::pci::{PciRoot, Placement};
-use viommu::backend::Backend;
+use viommu::backend::{Backend, Capabilities};
 use viommu::backend::iommufd::{AttachDevice, HostIommu, prefault};
 use viommu::reserved::{Kind, Regions};
 use viommu::{GuestRam, Rid};
@@ -235,9 +235,18 @@ impl Passthrough {
         })
     }
 
-    /// For the first device that comes while the guest runs.
-    pub(super) fn open(vm: &Arc<kvm::Vm>, paging: Paging) -> Result<Self, PassthroughError> {
-        Self::new(open(vm.ram())?, vm, paging)
+    /// For the first device that comes while the guest runs, or comes after all of them have left:
+    /// it must have what the guest was `offered`.
+    pub(super) fn open(
+        vm: &Arc<kvm::Vm>,
+        paging: Paging,
+        offered: Option<Capabilities>,
+    ) -> Result<Self, PassthroughError> {
+        let opened = Self::new(open(vm.ram())?, vm, paging)?;
+        if let Some(offered) = offered {
+            opened.host().freeze(offered);
+        }
+        Ok(opened)
     }
 
     /// The host's IOMMU.
@@ -334,9 +343,12 @@ impl Passthrough {
         })
     }
 
-    /// The guest was offered what all devices here have: later ones must have as much.
-    pub(super) fn freeze(&self) {
-        self.host().freeze(self.host().capabilities());
+    /// The guest was offered what all devices here have, which this gives: later ones must have as
+    /// much.
+    pub(super) fn freeze(&self) -> Capabilities {
+        let offered = self.host().capabilities();
+        self.host().freeze(offered);
+        offered
     }
 }
 

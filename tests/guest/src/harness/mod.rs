@@ -5,6 +5,7 @@ pub mod bound;
 pub mod dmesg;
 mod guest;
 pub mod huge;
+pub mod iommufd;
 pub mod payload;
 pub mod process;
 pub mod shell;

@@ -1,0 +1,261 @@
+//! What a vIOMMU costs the host's NVMe drive in a guest: reads of 4 KiB, past every cache, with the
+//! vIOMMU relative to without, beside QEMU with the same guest in the same run.
+
+use std::fs::File;
+use std::process::Command;
+use std::time::Duration;
+
+use agent::Client;
+use anyhow::{Context, Result, ensure};
+
+use super::{Ending, copy_qemu, table};
+use crate::harness::bound::Bound;
+use crate::harness::{Guest, Lab, show};
+use crate::passthrough::NVME;
+
+/// Seconds of one sample, and samples of one guest.
+const SECONDS: u32 = 6;
+const SAMPLES: usize = 5;
+/// Times that all guests are booted in turn.
+const ROUNDS: usize = 2;
+const SLOW: Duration = Duration::from_secs(60);
+
+/// Takes the drive's driver away: a virtio-iommu may go before the drive, whose driver would wait.
+const UNBIND: &str = "cd /sys/bus/pci/drivers/nvme && echo $(ls -d 0000:*) > unbind";
+
+/// What is in front of the drive: words for the guest's kernel, nestling's unit and QEMU's.
+struct Unit {
+    name: &'static str,
+    cmdline: &'static str,
+    nestling: Option<&'static str>,
+    qemu: Option<&'static str>,
+    /// It is measured flushing in batches, too.
+    lazy: bool,
+}
+
+/// Widths are equal, so that tables have as many levels; with caching mode and second-stage tables
+/// Linux flushes at once whatever it is told.
+const UNITS: [Unit; 3] = [
+    Unit {
+        name: "no vIOMMU",
+        cmdline: "",
+        nestling: None,
+        qemu: None,
+        lazy: false,
+    },
+    Unit {
+        name: "VT-d, shadowed",
+        cmdline: "intel_iommu=on",
+        nestling: Some("type=vtd,mode=legacy,address_width=39"),
+        qemu: Some("intel-iommu,caching-mode=on,intremap=off,aw-bits=39"),
+        lazy: false,
+    },
+    Unit {
+        name: "virtio-iommu",
+        cmdline: "iommu.strict=1",
+        nestling: Some("type=virtio"),
+        qemu: Some("virtio-iommu-pci"),
+        lazy: true,
+    },
+];
+
+/// Samples of operations per second: for each row, ours and theirs.
+type Samples = Vec<(String, [Vec<f64>; 2])>;
+
+/// `cargo lab bench nvme`.
+///
+/// # Errors
+/// A guest failed.
+pub(super) fn run(lab: &Lab) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    let qemu = copy_qemu(lab)?;
+    let mut samples = Samples::new();
+    for _ in 0..ROUNDS {
+        for unit in &UNITS {
+            let guest = Guest::lab_kernel().cpus(2).cmdline(unit.cmdline).option(
+                "--device",
+                &drive.option(match unit.nestling {
+                    Some(_) => ",iommu=on",
+                    None => "",
+                }),
+            );
+            let guest = match unit.nestling {
+                Some(option) => guest.option("--viommu", option),
+                None => guest,
+            };
+            let mut machine = guest.boot(lab)?;
+            measure(unit, 0, &mut samples, |command| {
+                machine.run_within(SLOW, command)
+            })?;
+            machine.run(UNBIND)?;
+            machine.power_off()?;
+
+            let mut machine = Qemu::boot(lab, &qemu, unit)?;
+            measure(unit, 1, &mut samples, |command| machine.run(command))?;
+            machine.power_off()?;
+        }
+    }
+    report(&samples);
+    Ok(())
+}
+
+/// Adds the samples of one guest of ours (0) or QEMU's (1).
+fn measure(
+    unit: &Unit,
+    whose: usize,
+    samples: &mut Samples,
+    mut run: impl FnMut(&str) -> Result<String>,
+) -> Result<()> {
+    run("for i in $(seq 200); do [ -b /dev/nvme0n1 ] && exit 0; sleep 0.1; done; exit 1")?;
+    let groups = run("cat /sys/kernel/iommu_groups/*/type 2> /dev/null || true")?;
+    ensure!(
+        groups.contains("DMA") == unit.nestling.is_some(),
+        "{}: the groups have the types {groups:?}",
+        unit.name
+    );
+    let mut row = |name: String, run: &mut dyn FnMut(&str) -> Result<String>| -> Result<()> {
+        sample(run)?;
+        let values = (0..SAMPLES)
+            .map(|_| sample(run))
+            .collect::<Result<Vec<_>>>()?;
+        let known = samples.iter_mut().find(|(known, _)| *known == name);
+        match known {
+            Some((_, both)) => both[whose].extend(values),
+            None => {
+                let mut both = [Vec::new(), Vec::new()];
+                both[whose] = values;
+                samples.push((name, both));
+            }
+        }
+        Ok(())
+    };
+    row(unit.name.to_owned(), &mut run)?;
+    if unit.lazy {
+        run("echo DMA-FQ > /sys/block/nvme0n1/device/device/iommu_group/type")?;
+        row(format!("{}, lazy", unit.name), &mut run)?;
+    }
+    Ok(())
+}
+
+/// Reads per second, two at a time.
+fn sample(run: &mut dyn FnMut(&str) -> Result<String>) -> Result<f64> {
+    // In hundredths of a second, as the kernel counts.
+    let reader = format!(
+        "now() {{ read t rest < /proc/uptime; echo ${{t%.*}}${{t#*.}}; }}; \
+         n=0; from=$(now); while t=$(now); [ $((t - from)) -lt {SECONDS}00 ]; do \
+         dd if=/dev/nvme0n1 of=/dev/null bs=4k count=256 skip=$((SKIP + n % 4096)) iflag=direct \
+         2> /dev/null || exit 1; n=$((n + 256)); done; echo $n $((t - from))"
+    );
+    let said = run(&format!(
+        "(SKIP=0; {reader}) > /tmp/one & (SKIP=8192; {reader}) > /tmp/two & wait; \
+         cat /tmp/one /tmp/two"
+    ))?;
+    let mut rate = 0.0;
+    for line in said.lines() {
+        let (reads, time) = line
+            .split_once(' ')
+            .with_context(|| format!("{said:?} is no sample"))?;
+        rate += reads.parse::<f64>()? * 100.0 / time.parse::<f64>()?;
+    }
+    ensure!(said.lines().count() == 2, "{said:?} is no sample");
+    Ok(rate)
+}
+
+fn report(samples: &Samples) {
+    let middle = |values: &[f64]| {
+        let mut values = values.to_vec();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    let rates: Vec<[f64; 2]> = samples
+        .iter()
+        .map(|(_, both)| [middle(&both[0]), middle(&both[1])])
+        .collect();
+    let names: Vec<&str> = samples.iter().map(|(name, _)| name.as_str()).collect();
+    show("Reads of 4 KiB of a passed-through NVMe drive per second, two at a time, medians:");
+    let column = |n: usize| rates.iter().map(|rate| rate[n]).collect();
+    table(&names, &[("nestling", column(0)), ("QEMU", column(1))]);
+    show("The same in percent of what each VMM's guest does without a vIOMMU:");
+    let column = |n: usize| rates.iter().map(|r| 100.0 * r[n] / rates[0][n]).collect();
+    table(&names, &[("nestling", column(0)), ("QEMU", column(1))]);
+}
+
+/// A guest of QEMU's.
+struct Qemu {
+    child: Ending,
+    client: Client,
+}
+
+impl Qemu {
+    fn boot(lab: &Lab, program: &[String], unit: &Unit) -> Result<Self> {
+        let socket = lab.file("qemu-channel");
+        let _ = std::fs::remove_file(&socket);
+        let files = Guest::lab_kernel().cmdline(unit.cmdline).payload(lab, 0)?;
+        let file = |option: &str| {
+            let mut words = files.iter().skip_while(|word| *word != option);
+            words.nth(1).with_context(|| format!("no {option}"))
+        };
+        let mut command = Command::new(&program[0]);
+        command.args(&program[1..]);
+        command.args(["-enable-kvm", "-cpu", "host", "-smp", "2", "-no-reboot"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        command.args([
+            "-M",
+            "q35,memory-backend=ram,kernel-irqchip=split",
+            "-m",
+            "512M",
+        ]);
+        command.args(["-object", "memory-backend-memfd,id=ram,size=512M"]);
+        command.arg("-kernel").arg(file("--kernel")?);
+        command.arg("-initrd").arg(file("--initramfs")?);
+        command.arg("-append").arg(file("--cmdline")?);
+        if let Some(unit) = unit.qemu {
+            command.args(["-device", unit]);
+        }
+        command.args(["-object", "iommufd,id=host"]);
+        command
+            .arg("-device")
+            .arg(format!("vfio-pci,host={NVME},iommufd=host,rombar=0"));
+        command.args(["-device", "virtio-serial-pci"]);
+        command.args([
+            "-device",
+            "virtconsole,chardev=c",
+            "-device",
+            "virtio-rng-pci",
+        ]);
+        command.arg("-chardev").arg(format!(
+            "socket,id=c,path={},server=on,wait=off",
+            socket.display()
+        ));
+        let log = lab.logs().join("QEMU.log");
+        command
+            .stdin(std::process::Stdio::null())
+            .stdout(File::create(&log)?)
+            .stderr(File::options().append(true).open(&log)?);
+        let mut child = Ending(command.spawn().context("QEMU")?);
+        let alive = || matches!(child.0.try_wait(), Ok(None));
+        let client = Client::connect(&socket, Duration::from_secs(120), alive)
+            .with_context(|| format!("QEMU, {}: see {}", unit.name, log.display()))?;
+        Ok(Self { child, client })
+    }
+
+    fn run(&mut self, command: &str) -> Result<String> {
+        let output = self.client.run(command, SLOW)?;
+        ensure!(
+            output.status == 0,
+            "`{command}` in QEMU's guest: status {}\n{}{}",
+            output.status,
+            output.stdout,
+            output.stderr
+        );
+        Ok(output.stdout)
+    }
+
+    fn power_off(mut self) -> Result<()> {
+        self.run(UNBIND)?;
+        self.client.start("poweroff -f", Duration::from_secs(10))?;
+        let status = self.child.wait(Duration::from_secs(60))?;
+        ensure!(status == 0, "QEMU ended with status {status}");
+        Ok(())
+    }
+}
