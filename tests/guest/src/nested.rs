@@ -280,6 +280,8 @@ fn processes(lab: &Lab) -> Result<()> {
         state[0]["page_requests"].as_u64() > Some(0) && state[0]["back_end"]["refusals"] == 0,
         "page requests through the host's queue were expected: {state:#}"
     );
+    // A process that ended asked for a page by a PASID that is no more.
+    engine::faults_are(&mut guest, &[])?;
     guest.run("rmmod dma_engine")?;
     guest.power_off()?;
     Ok(())

@@ -296,6 +296,14 @@ fn a_hot_plugged_endpoint_gets_what_the_tables_say_already() {
 }
 
 #[test]
+fn a_back_end_that_was_there_from_the_start_goes_with_its_last_endpoint() {
+    let guest = Guest::scalable();
+    assert!(Arc::strong_count(&guest.backend) > 1);
+    guest.unit.remove_endpoint(NIC);
+    assert_eq!(Arc::strong_count(&guest.backend), 1);
+}
+
+#[test]
 fn a_back_end_that_came_late_goes_with_its_last_endpoint() {
     let guest = Guest::scalable();
     let late = Recorder::new(CAPABLE);

@@ -100,7 +100,8 @@ pub struct Unit {
 struct Commands {
     /// What will be offered; what is, once frozen.
     offer: Offer,
-    /// The back ends that `offer` is composed from.
+    /// The back ends that `offer` is composed from, until it is frozen: from then on a back end is
+    /// kept by its endpoints alone, and goes with the last one.
     backends: Vec<Arc<dyn Backend>>,
     registers: Registers,
     queue: Invalidations,
@@ -171,7 +172,11 @@ impl Unit {
     /// What the guest sees, from now on for ever. The first access that could show it does this
     /// too; calling it before the first vCPU runs makes it certain.
     pub fn freeze(&self) -> &Offer {
-        self.frozen.get_or_init(|| lock(&self.commands).offer)
+        self.frozen.get_or_init(|| {
+            let mut commands = lock(&self.commands);
+            commands.backends = Vec::new();
+            commands.offer
+        })
     }
 
     /// Puts an endpoint behind the unit. It is Blocked, unless the guest's tables say something
@@ -209,8 +214,6 @@ impl Unit {
             .claim(rid, Arc::new(Events(self.this.clone())))
             .map_err(|source| AddError::Claim { rid, source })?;
         commands.offer = composed;
-        // What is offered is composed of them until the guest can see it; a back end that comes
-        // later is kept by its endpoints alone, and goes with the last one.
         if !known && self.frozen.get().is_none() {
             commands.backends.push(Arc::clone(&backend));
         }
