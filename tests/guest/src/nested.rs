@@ -2,13 +2,15 @@
 //! gives devices behind that unit to a guest of its own (L3), whose first-stage tables become
 //! nested tables of L2's iommufd, on a unit that our software engine plays.
 //!
-//! What L3's devices do wrong is reported to L2, whose device it is, and in the state of the unit
-//! that L1 runs. L3 itself learns it from the device only: Linux's iommufd does not tell of faults
-//! that nobody can answer.
+//! A table that L3's unit does not take is in L3's own log. What L3's devices do wrong is reported to
+//! L2, whose devices they are, and in the state of the unit that L1 runs: Linux's iommufd does not
+//! tell of faults that nobody can answer, so L3 hears of those from the device only.
 
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::engine;
@@ -146,8 +148,8 @@ fn devices(lab: &Lab) -> Result<()> {
     rebind(&mut guest)?;
     keeps(&mut guest)?;
     first_stage(&guest.viommus()?)?;
-    // Faults on purpose, and unmapping while DMA runs.
-    show(engine::check(&mut guest, "blocked")?);
+    wrong_table(&mut guest)?;
+    // What the device does wrong, and unmapping while DMA runs.
     guest.run("modprobe vfio_iommu_type1 allow_unsafe_interrupts=1 && modprobe vfio_pci")?;
     show(engine::check(&mut guest, "vfio")?);
     unplugged(&guest)?;
@@ -185,7 +187,6 @@ fn pasids(lab: &Lab) -> Result<()> {
         .option("--viommu", "type=vtd")
         .option("--device", &dma.option(",iommu=on"))
         .boot(lab)?;
-    wrong_table(&mut guest)?;
     guest.run("echo 1 > /sys/module/iommufd/parameters/allow_unsafe_interrupts")?;
     show(engine::check(&mut guest, "pasid")?);
     guest.power_off()?;
@@ -196,34 +197,30 @@ fn pasids(lab: &Lab) -> Result<()> {
 /// Blocked, and L3's own log says why. When the directory is right again, so is the engine.
 fn wrong_table(guest: &mut Machine) -> Result<()> {
     const RESERVED: u64 = 1 << 11;
+    /// SPD.3: a reserved field of the PASID directory entry is set.
+    const REASON: u8 = 0x52;
     let at = engine::address(guest)?;
     let group = format!("/sys/bus/pci/devices/{at}/iommu_group/type");
     let is = guest.run(&format!("cat {group}"))?;
-    let directory = directory(guest, &at)?;
-    let entry = word(guest, directory)?;
-    set_word(guest, directory, entry | RESERVED)?;
+    let memory = memory_of(guest)?;
+    let state = guest.viommus()?;
+    let root = state[0]["root_table"].as_u64().context("no root table")?;
+    let directory = directory(&memory, root, &at)?;
+    let entry = word(&memory, directory)?;
+    memory.write_all_at(&(entry | RESERVED).to_le_bytes(), directory)?;
     guest.run(&format!("echo identity > {group}"))?;
     let state = guest.viommus()?;
     ensure!(
-        engine_of(&state)?["problem"] == "pasid-directory-reserved",
+        target(&state, &at)?["problem"] == "pasid-directory-reserved",
         "a wrong directory was expected: {state:#}"
     );
-    engine::faults_are(
-        guest,
-        &[(
-            "DMA Read",
-            engine::NO_PASID,
-            0,
-            // SPD.3: a reserved field of the PASID directory entry is set.
-            0x52,
-        )],
-    )?;
+    engine::faults_are(guest, &[("DMA Read", engine::NO_PASID, 0, REASON)])?;
     // That it is Blocked is L2's to tell, whose unit has nothing for the engine now.
     show(engine::check(guest, "blocked")?);
-    set_word(guest, directory, entry)?;
+    memory.write_all_at(&entry.to_le_bytes(), directory)?;
     guest.run(&format!("echo {} > {group}", is.trim()))?;
     let state = guest.viommus()?;
-    let engine = engine_of(&state)?;
+    let engine = target(&state, &at)?;
     ensure!(
         engine["problem"].is_null() && engine["in_force"] == true,
         "a table in force was expected: {state:#}"
@@ -231,35 +228,44 @@ fn wrong_table(guest: &mut Machine) -> Result<()> {
     Ok(())
 }
 
-/// Where the first entry of a device's PASID directory is (chapter 9), by L3's own `/dev/mem`.
-fn directory(guest: &mut Machine, at: &str) -> Result<u64> {
+/// L3's memory as L2 has it: a file, in which an offset is an address, since it is one piece.
+fn memory_of(guest: &Machine) -> Result<File> {
+    for entry in fs::read_dir(format!("/proc/{}/fd", guest.pid()))? {
+        let path = entry?.path();
+        if fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:")) {
+            return Ok(File::options().read(true).write(true).open(path)?);
+        }
+    }
+    bail!("nestling has no memory of its guest as a file")
+}
+
+/// Where the first entry of a device's PASID directory is (chapter 9).
+fn directory(memory: &File, root: u64, at: &str) -> Result<u64> {
     const PAGE: u64 = !0xfff;
-    let state = guest.viommus()?;
-    let root = state[0]["root_table"].as_u64().context("no root table")?;
     let (_, device) = at.rsplit_once(':').context("an address of PCI")?;
     let (device, function) = device.split_once('.').context("an address of PCI")?;
     let devfn = u64::from_str_radix(device, 16)? * 8 + u64::from_str_radix(function, 16)?;
     // Bus 0: a table for the lower half of its functions, and one for the upper.
-    let context = word(guest, (root & PAGE) + devfn / 0x80 * 8)? & PAGE;
-    Ok(word(guest, context + devfn % 0x80 * 32)? & PAGE)
+    let context = word(memory, (root & PAGE) + devfn / 0x80 * 8)? & PAGE;
+    Ok(word(memory, context + devfn % 0x80 * 32)? & PAGE)
 }
 
-fn word(guest: &mut Machine, at: u64) -> Result<u64> {
-    let said = guest.run(&format!("devmem {at:#x} 64"))?;
-    let digits = said.trim().trim_start_matches("0x");
-    u64::from_str_radix(digits, 16).with_context(|| format!("devmem says {said:?}"))
+fn word(memory: &File, at: u64) -> Result<u64> {
+    let mut bytes = [0; 8];
+    memory.read_exact_at(&mut bytes, at)?;
+    Ok(u64::from_le_bytes(bytes))
 }
 
-fn set_word(guest: &mut Machine, at: u64, word: u64) -> Result<()> {
-    guest.run(&format!("devmem {at:#x} 64 {word:#x}"))?;
-    Ok(())
-}
-
-/// The state of the one target of the only device behind the unit.
-fn engine_of(units: &Value) -> Result<&Value> {
+/// What the unit has for requests without PASID of the function at `at` (`0000:00:10.0`).
+fn target<'u>(units: &'u Value, at: &str) -> Result<&'u Value> {
     let targets = units[0]["targets"].as_array().context("no targets")?;
-    ensure!(targets.len() == 1, "one target was expected: {units:#}");
-    Ok(&targets[0])
+    let ours = |target: &&Value| {
+        let endpoint = target["target"]["endpoint"].as_str();
+        endpoint.is_some_and(|endpoint| at.ends_with(endpoint))
+            && target["target"]["pasid"].is_null()
+    };
+    let found = targets.iter().find(ours);
+    found.with_context(|| format!("{at} has nothing: {units:#}"))
 }
 
 /// L3 with the engine, which processes of a stock kernel share: PASIDs, page requests and their

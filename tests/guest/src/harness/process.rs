@@ -171,7 +171,17 @@ pub fn exits(pid: u32) -> String {
     });
     let mut said = String::new();
     for guest in ours {
-        for reason in ["exits", "io_exits", "mmio_exits", "halt_exits", "irq_exits"] {
+        for reason in [
+            "exits",
+            "io_exits",
+            "mmio_exits",
+            "halt_exits",
+            "irq_exits",
+            "nested_run",
+            "pf_taken",
+            "pf_fixed",
+            "pf_spurious",
+        ] {
             let count = fs::read_to_string(guest.path().join(reason)).unwrap_or_default();
             said += &format!("{reason} {} ", count.trim());
         }
