@@ -227,6 +227,10 @@ impl Qemu {
             "socket,id=c,path={},server=on,wait=off",
             socket.display()
         ));
+        let console = lab.logs().join("QEMU-console.log");
+        command
+            .arg("-serial")
+            .arg(format!("file:{}", console.display()));
         let log = lab.logs().join("QEMU.log");
         command
             .stdin(std::process::Stdio::null())
