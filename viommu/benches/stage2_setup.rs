@@ -197,7 +197,8 @@ fn main() {
         // finds more huge pages, so each does in turn.
         let mut best = [Duration::MAX; 3];
         for round in 0..ROUNDS {
-            for n in (0..best.len()).map(|n| (n + round) % best.len()) {
+            for turn in 0..contenders.len() {
+                let n = (turn + round) % contenders.len();
                 let (_, threads) = contenders[n];
                 best[n] = best[n].min(set_up(pages, threads).unwrap());
             }

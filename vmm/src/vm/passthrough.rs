@@ -17,8 +17,8 @@ use devices::passthrough::{
 };
 use devices::pci::root::{RootError, Slot};
 use devices::pci::{PciRoot, Placement};
-use viommu::backend::{Backend, Capabilities};
 use viommu::backend::iommufd::{AttachDevice, HostIommu, prefault};
+use viommu::backend::{Backend, Capabilities};
 use viommu::reserved::{Kind, Regions};
 use viommu::{GuestRam, Rid};
 use vmm_sys_util::eventfd::EventFd;
