@@ -6,6 +6,8 @@ mod api;
 #[cfg(test)]
 mod bad_input;
 #[cfg(test)]
+mod devices;
+#[cfg(test)]
 mod document;
 #[cfg(test)]
 mod fuzz;
@@ -13,3 +15,5 @@ mod fuzz;
 mod run;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod walk;

@@ -21,6 +21,12 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 pub(crate) mod guest {
     /// jmp to itself
     pub(crate) const SPIN: &[u8] = &[0xeb, 0xfe];
+    /// Lets go of every device that it is asked for: 0: mov dx, 0x614; in eax, dx; test eax, eax;
+    /// jz 0; mov dx, 0x61c; out dx, eax; jmp 0 (the hot-plug registers).
+    pub(crate) const LETS_GO: &[u8] = &[
+        0x66, 0xba, 0x14, 0x06, 0xed, 0x85, 0xc0, 0x74, 0xf7, 0x66, 0xba, 0x1c, 0x06, 0xef, 0xeb,
+        0xf0,
+    ];
     /// mov al, 42; out 0xf4, al; hlt: the debug-exit port.
     pub(crate) const EXIT_42: &[u8] = &[0xb0, 42, 0xe6, 0xf4, 0xf4];
     /// mov dx, 0x602; mov al, 1; out dx, al; hlt: the ACPI reset register.
@@ -177,8 +183,20 @@ impl Served {
     }
 
     pub(crate) fn start_with(name: &str, options: &[&str]) -> Self {
-        let scratch = Scratch::new(name);
-        scratch.file("kernel", &bzimage(guest::SPIN));
+        Self::on(Scratch::new(name), guest::SPIN, options)
+    }
+
+    /// One whose guest runs `code`, and that writes what happens to the file `events`.
+    pub(crate) fn start_with_guest(name: &str, code: &[u8]) -> Self {
+        Self::on(
+            Scratch::new(name),
+            code,
+            &["--event-monitor", "path=events"],
+        )
+    }
+
+    fn on(scratch: Scratch, code: &[u8], options: &[&str]) -> Self {
+        scratch.file("kernel", &bzimage(code));
         scratch.file("disk", &[0; 1 << 20]);
         let running = Self::serve(&scratch, options);
         Self { running, scratch }

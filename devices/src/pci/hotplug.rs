@@ -116,6 +116,12 @@ impl HotplugRegisters {
         });
     }
 
+    /// Whether there is a device that the guest has not ejected. What it ejects is told by
+    /// [`Ejection::ejected`], perhaps a moment later.
+    pub fn is_occupied(&self, device: u8) -> bool {
+        self.state().occupied & bit(device) != 0
+    }
+
     /// Asks the guest to eject a device, once more if it was asked before. Without effect where
     /// there is none.
     pub fn ask(&self, device: u8) {
@@ -235,8 +241,10 @@ mod tests {
         registers.occupy(3, false);
         assert!(!*seen.high.lock().unwrap());
         assert_eq!(read(&registers, INSERTED), 0);
+        assert!(registers.is_occupied(3));
         eject(&registers, 1 << 3);
         assert_eq!(*seen.ejected.lock().unwrap(), [3]);
+        assert!(!registers.is_occupied(3));
     }
 
     #[test]

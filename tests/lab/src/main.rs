@@ -221,7 +221,7 @@ impl Lab {
 
     fn test_everything(&self, no_guests: bool) -> Result<bool> {
         let mut tally = Tally::default();
-        debian::require(&[("cc", "gcc"), ("c++", "g++")])?;
+        debian::require(&[("cc", "gcc"), ("c++", "g++"), ("curl", "curl")])?;
         suite::lints(&self.root, &mut tally);
         suite::units(&self.root, &mut tally)?;
         suite::fuzzing(&self.root, &mut tally);

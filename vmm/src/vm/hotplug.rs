@@ -164,12 +164,18 @@ pub(super) struct Plugged {
 }
 
 impl Plugged {
-    /// Listens to what the host says of it. What was begun is undone by
-    /// [`unwatch`](Self::unwatch), whether all of it could be done or not.
+    /// Listens to what the host says of it: to all of it, or on an error to nothing.
     pub(super) fn watch(&mut self, event_loop: &mut EventLoop) -> io::Result<()> {
         for (event, about) in self.passed.iter().flat_map(Passed::events) {
-            let watch = event_loop.watch_event(event, Wake::Device(about))?;
-            self.watches.push(watch);
+            match event_loop.watch_event(event, Wake::Device(about)) {
+                Ok(watch) => self.watches.push(watch),
+                Err(why) => {
+                    for watch in self.watches.drain(..) {
+                        event_loop.unwatch(watch);
+                    }
+                    return Err(why);
+                }
+            }
         }
         Ok(())
     }
@@ -250,16 +256,31 @@ impl Ejection for Ejected {
 }
 
 impl Devices {
-    /// Adds `new` to the running VM; the guest is told by [`announce`](Self::announce). `progress`
-    /// is told each step before it is done.
+    /// Adds `new` to the running VM, lets `watch` listen to what the host says of it, and tells the
+    /// guest, which may eject it from then on. `progress` is told each step before it is done.
     ///
     /// # Errors
-    /// Nothing is changed then.
-    pub(super) fn plug(
+    /// Nothing is changed then. `watch` leaves nothing when it fails.
+    pub(super) fn add(
         &mut self,
         new: New<'_>,
         progress: &dyn Fn(Step),
-    ) -> Result<&mut Plugged, AddError> {
+        watch: impl FnOnce(&mut Plugged) -> io::Result<()>,
+    ) -> Result<PciDeviceInfo, AddError> {
+        let plugged = self.plug(new, progress)?;
+        progress(Step::Notify);
+        let (rid, info) = (plugged.rid, plugged.info());
+        if let Err(source) = watch(plugged) {
+            self.take_back(rid);
+            let what = "a watch for the device's events";
+            return Err(DeviceError::Host { what, source }).at(Step::Notify);
+        }
+        self.registers.occupy(rid.device(), true);
+        Ok(info)
+    }
+
+    /// All but the last step: the guest knows nothing of it.
+    fn plug(&mut self, new: New<'_>, progress: &dyn Fn(Step)) -> Result<&mut Plugged, AddError> {
         progress(Step::Slot);
         let home = self.viommus().home(new.behind());
         let slot = self.free_slot(home).at(Step::Slot)?;
@@ -273,25 +294,23 @@ impl Devices {
         Ok(self.plugged.push_mut(plugged))
     }
 
-    /// Tells the guest of a device that was plugged, which it may eject from now on.
-    pub(super) fn announce(&self, rid: Rid) {
-        self.registers.occupy(rid.device(), true);
+    /// Takes back what [`plug`](Self::plug) did.
+    fn take_back(&mut self, rid: Rid) {
+        if let Ok(function) = self.root.remove(rid) {
+            drop(self.unplug(rid, function));
+        }
     }
 
-    /// Takes back what [`plug`](Self::plug) did, if the guest was not told.
-    pub(super) fn take_back(&mut self, rid: Rid) -> Option<Plugged> {
-        let function = self.root.remove(rid).ok()?;
-        self.unplug(rid, function)
-    }
-
-    /// A free slot behind `home`. One whose device went without the guest's word is taken last:
-    /// the guest may still have to find out.
+    /// A free slot behind `home`: not one whose device the guest has let go of and that is not
+    /// [gone](Self::ejected) yet. One whose device went without the guest's word is taken last: the
+    /// guest may still have to find out.
     fn free_slot(&self, home: Home) -> Result<Slot, DeviceError> {
         let (fresh, stale): (Vec<Rid>, Vec<Rid>) = self
             .slots
             .of(home)
             .partition(|rid| self.vanished & 1 << rid.device() == 0);
-        let mut free = fresh.into_iter().chain(stale);
+        let all = fresh.into_iter().chain(stale);
+        let mut free = all.filter(|rid| self.at(*rid).is_none());
         free.find_map(|rid| self.root.reserve(Placement::At(rid)).ok())
             .ok_or_else(|| DeviceError::NoSlot {
                 behind: self.viommus().name(home).map(str::to_owned),
@@ -373,6 +392,12 @@ impl Devices {
     /// The device at this address.
     pub(super) fn at(&self, rid: Rid) -> Option<&Plugged> {
         self.plugged.iter().find(|plugged| plugged.rid == rid)
+    }
+
+    /// Whether the guest has let go of the device at `rid`, and it is about to be
+    /// [gone](Self::ejected).
+    pub(super) fn is_let_go(&self, rid: Rid) -> bool {
+        self.at(rid).is_some() && !self.registers.is_occupied(rid.device())
     }
 
     /// Asks the guest to let go of the device at `rid`.

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use proptest::prelude::*;
+use vmm_sys_util::tempdir::TempDir;
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
@@ -103,9 +104,8 @@ fn eject(devices: &Devices, slots: u32) {
 }
 
 fn add(devices: &mut Devices, new: New<'_>) -> Result<Rid, AddError> {
-    let rid = devices.plug(new, &|_| ())?.rid;
-    devices.announce(rid);
-    Ok(rid)
+    devices.add(new, &|_| (), |_| Ok(()))?;
+    Ok(devices.plugged.last().unwrap().rid)
 }
 
 #[test]
@@ -153,13 +153,16 @@ fn a_step_that_fails_leaves_nothing_and_is_named() {
     let fails = |devices: &mut Devices, new: New<'_>, step: Step, words: &str| {
         let before = everything(devices);
         let reached = AtomicU32::new(0);
-        let error = devices
-            .plug(new, &|step| {
-                let last = reached.fetch_max(step as u32, Ordering::Relaxed);
-                assert!(last <= step as u32, "{step} came too late");
-            })
-            .map(|plugged| plugged.rid)
-            .unwrap_err();
+        let progress = |step: Step| {
+            let last = reached.fetch_max(step as u32, Ordering::Relaxed);
+            assert!(last <= step as u32, "{step} came too late");
+        };
+        let nothing_to_watch_with = |_: &mut Plugged| match step {
+            Step::Notify => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            _ => Ok(()),
+        };
+        let error = devices.add(new, &progress, nothing_to_watch_with);
+        let error = error.unwrap_err();
         assert_eq!(error.step, step, "{error}");
         let api = error.to_api();
         assert!(format!("{api}").contains(words), "{api}");
@@ -189,6 +192,24 @@ fn a_step_that_fails_leaves_nothing_and_is_named() {
         ..DeviceConfig::default()
     };
     fails(&mut devices, New::Device(&host), Step::Open, "none");
+    // What a device of the host reserves: in the middle of guest memory, or where nothing is.
+    let sysfs = TempDir::new().unwrap();
+    std::fs::create_dir_all(sysfs.as_path().join("vfio-dev")).unwrap();
+    std::fs::create_dir_all(sysfs.as_path().join("iommu_group")).unwrap();
+    let reserves = |region: &str| {
+        let file = sysfs.as_path().join("iommu_group/reserved_regions");
+        std::fs::write(file, region).unwrap();
+    };
+    let host = DeviceConfig {
+        path: sysfs.as_path().into(),
+        ..host
+    };
+    reserves("0x0000000000200000 0x00000000002fffff reserved\n");
+    let step = Step::ReservedRegions;
+    fails(&mut devices, New::Device(&host), step, "0x200000");
+    reserves("0x00000000fee00000 0x00000000feefffff msi\n");
+    fails(&mut devices, New::Device(&host), Step::Open, "");
+    assert!(devices.passthrough.is_none());
     // The vIOMMU: something is there already.
     let rid = devices.free_slot(Some(0)).unwrap().rid();
     let endpoint = viommu::backend::software::EndpointConfig::default();
@@ -210,6 +231,14 @@ fn a_step_that_fails_leaves_nothing_and_is_named() {
         ..TestDeviceConfig::default()
     };
     fails(&mut devices, New::Test(&engine), Step::Function, "20 bits");
+    // Telling: no descriptor is left to listen with.
+    fails(
+        &mut devices,
+        New::Disk(&good),
+        Step::Notify,
+        "raise the limits",
+    );
+    assert_eq!(open(&image), 0);
     // The bus: no address is left for its registers.
     let mut added = 0;
     while let Ok(rid) = add(&mut devices, New::Disk(&disk(&image, "some", Some("unit")))) {
@@ -315,6 +344,30 @@ fn what_is_taken_away_is_told_and_its_slot_is_used_last() {
     assert!(devices.take_away(next).is_none());
     assert_eq!(devices.ejected().len(), 1);
     assert_eq!(open(&image), 0);
+}
+
+/// The guest ejects on a vCPU's thread; what belonged to the device goes on another one, later.
+#[test]
+fn a_slot_is_used_again_when_its_device_is_gone_and_no_earlier() {
+    let image = image();
+    let Some(mut devices) = machine(|_| ()) else {
+        return;
+    };
+    let config = |id: &str| disk(&image, id, Some("unit"));
+    let first = add(&mut devices, New::Disk(&config("first"))).unwrap();
+    assert!(!devices.is_let_go(first));
+    eject(&devices, 1 << first.device());
+    assert!(devices.is_let_go(first));
+    let second = add(&mut devices, New::Disk(&config("second"))).unwrap();
+    assert_ne!(first, second);
+    let gone = devices.ejected();
+    assert_eq!((gone.len(), &*gone[0].id), (1, "first"));
+    assert!(!devices.is_let_go(first));
+    assert!(devices.root.function(second).is_some());
+    assert_eq!(
+        add(&mut devices, New::Disk(&config("third"))).unwrap(),
+        first
+    );
 }
 
 #[test]

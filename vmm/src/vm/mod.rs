@@ -258,28 +258,15 @@ impl Vm {
     ) -> Result<PciDeviceInfo, ApiError> {
         let progress = &context.shared.progress;
         let step = |step: Step| progress.step(step.to_string());
-        let plugged = self.devices.plug(New::from(&device), &step);
-        let (rid, info, watched) = plugged
-            .map(|plugged| {
-                step(Step::Notify);
-                let watched = plugged.watch(context.event_loop);
-                (plugged.rid, plugged.info(), watched)
-            })
-            .map_err(|why| {
-                // Some steps are several, of which one failed.
-                step(why.step);
-                why.to_api()
-            })?;
-        if let Err(why) = watched {
-            if let Some(plugged) = self.devices.take_back(rid) {
-                plugged.unwatch(context.event_loop);
-            }
-            let sentence = format!("device id={} cannot be watched: {why}", info.id);
-            return Err(ApiError::new(Code::HostRefused, sentence)
-                .remedy("raise the limit of open files (ulimit -n)"));
-        }
-        self.devices.announce(rid);
-        Ok(info)
+        let event_loop = &mut *context.event_loop;
+        let added = self.devices.add(New::from(&device), &step, |plugged| {
+            plugged.watch(event_loop)
+        });
+        added.map_err(|why| {
+            // Some steps are several, of which one failed.
+            step(why.step);
+            why.to_api()
+        })
     }
 
     /// Unplugs a device, and answers when it is gone.
@@ -340,6 +327,11 @@ impl Vm {
             if let Some(plugged) = gone {
                 self.removed(plugged, context);
                 context.answer(replies, &Ok(Done::Nothing));
+                continue;
+            }
+            if self.devices.is_let_go(rid) {
+                // Just now: they are answered when it is gone.
+                self.removals.keep(rid, replies);
                 continue;
             }
             self.devices.withdraw(rid);

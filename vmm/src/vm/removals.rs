@@ -9,6 +9,9 @@ use viommu::Rid;
 
 use crate::control::{ApiError, Code, Removal, Reply};
 
+/// The longest that anybody waits.
+const LONGEST: Duration = Duration::from_secs(86_400);
+
 /// The devices that the guest was asked to let go of, and who waits for it.
 #[derive(Debug, Default)]
 pub(super) struct Removals(BTreeMap<Rid, Pending>);
@@ -45,7 +48,7 @@ impl Removals {
         now: Instant,
     ) -> Result<(), Option<Reply>> {
         // A client may name any number of milliseconds.
-        let latest = now + Duration::from_secs(86_400);
+        let latest = now + LONGEST;
         let deadline = now
             .checked_add(how.timeout)
             .map_or(latest, |at| at.min(latest));
@@ -67,6 +70,16 @@ impl Removals {
                 Ok(())
             }
         }
+    }
+
+    /// The guest let go of the device at `rid` in the end: `replies` wait until it is gone.
+    pub(super) fn keep(&mut self, rid: Rid, replies: Vec<Reply>) {
+        let pending = Pending {
+            force: true,
+            deadline: Instant::now() + LONGEST,
+            replies,
+        };
+        self.0.insert(rid, pending);
     }
 
     /// How long until [`overdue`](Self::overdue) has something to say.
@@ -185,6 +198,15 @@ mod tests {
             reply.send(Ok(Done::Nothing));
         }
         assert!(removals.ended(RID).is_empty());
+        // One that is late by a moment.
+        removals
+            .begin(RID, how(true, 0), reply(&answers), now)
+            .unwrap();
+        for overdue in removals.overdue(now) {
+            removals.keep(overdue.rid, overdue.replies);
+        }
+        assert!(removals.overdue(now + SECOND).is_empty());
+        assert_eq!(removals.ended(RID).len(), 1);
         removals
             .begin(RID, how(false, 60), reply(&answers), now)
             .unwrap();
