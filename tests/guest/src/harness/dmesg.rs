@@ -20,6 +20,7 @@ const HARMLESS: &[&str] = &[
     "user requested TSC rate below hardware speed",
     // Reading a clock of another CPU takes long where CPUs are threads of a busy machine.
     "clocksource: Watchdog",
+    "clocksource: Long readout interval",
     "hrtimer: interrupt took",
     "Marking clocksource",
     "Marking TSC unstable",
