@@ -4,7 +4,8 @@
 //! `BTreeMap` that does the same insertions (with the check for overlaps) and removals, without
 //! requests, statuses or a back end. Figures are medians over rounds; read the ratios, since a
 //! machine's own speed is in both. *near* is a batch of neighbouring pages (one buffer of a
-//! driver), *far* is each page in a place of its own.
+//! driver), *far* is each page in a place of its own. At random places every store waits for
+//! memory: what one wait takes is measured too, in as much memory as the mappings take.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -14,13 +15,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use viommu::backend::Backend;
+use viommu::backend::software::{self, EndpointConfig, Engine};
 use viommu::reserved::Regions;
 use viommu::virtio::{Chain, Config, Iommu, Reply};
 
-use common::{ENDPOINT, Nothing, RUN, Random, attach, detach, map, median, place, unmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use common::{ENDPOINT, Nothing, RUN, Random, attach, detach, map, map_to, median, place, unmap};
 
 /// A unit with `live` mappings of `page` bytes.
 fn unit(live: u64, page: u64) -> Iommu {
+    let unit = unit_with(Arc::new(Nothing));
+    fill(&unit, live, page);
+    unit
+}
+
+/// A unit with its endpoint attached.
+fn unit_with(backend: Arc<dyn Backend>) -> Iommu {
     let Ok(config) = Config::compose(&Nothing.capabilities(), 0) else {
         unreachable!("the capabilities are fixed");
     };
@@ -30,11 +41,10 @@ fn unit(live: u64, page: u64) -> Iommu {
         ..config
     });
     unit.set_features(u64::MAX);
-    if let Err(error) = unit.add_endpoint(ENDPOINT, Arc::new(Nothing), Regions::new()) {
+    if let Err(error) = unit.add_endpoint(ENDPOINT, backend, Regions::new()) {
         unreachable!("{error}");
     }
     serve(&unit, &[attach()], &mut Vec::new());
-    fill(&unit, live, page);
     unit
 }
 
@@ -75,6 +85,31 @@ impl Floor {
     fn unmap(&mut self, first: u64) {
         self.0.remove(&first);
     }
+}
+
+/// Nanoseconds that a load takes which needs the one before, at random places of `bytes`.
+fn memory_latency(bytes: u64) -> f64 {
+    const LINE: usize = 8;
+    let lines = ((bytes / 64) as usize).max(64);
+    let mut order: Vec<usize> = (0..lines).collect();
+    let mut random = Random(3);
+    for n in (1..lines).rev() {
+        order.swap(n, random.below(n as u64 + 1) as usize);
+    }
+    let mut chain = vec![0usize; lines * LINE];
+    for (n, &at) in order.iter().enumerate() {
+        chain[at * LINE] = order[(n + 1) % lines] * LINE;
+    }
+    let loads = 20_000;
+    let mut at = 0;
+    let times = (0..41).map(|_| {
+        let start = Instant::now();
+        for _ in 0..loads {
+            at = std::hint::black_box(chain[at]);
+        }
+        start.elapsed()
+    });
+    common::each(median(times.collect()), loads)
 }
 
 /// One line: `batch` MAPs and then their UNMAPs, over and over in different places.
@@ -191,6 +226,39 @@ fn teardown(live: u64) {
     }
 }
 
+/// The same with the software engine behind it.
+fn teardown_with_engine(live: u64) {
+    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]);
+    let Ok(ram) = ram else {
+        unreachable!("two MiB can be had")
+    };
+    for by_detach in [false, true] {
+        let limits = software::Config {
+            mappings: 1 << 22,
+            ..software::Config::for_ram(&ram)
+        };
+        let engine = Engine::with_config(Arc::new(ram.clone()), limits);
+        let _port = engine.add_endpoint(ENDPOINT, EndpointConfig::default());
+        let unit = unit_with(Arc::new(engine));
+        // All of them lead to the same page: only their number counts.
+        let requests: Vec<_> = (0..live).map(|n| map_to(place(n, 4096), 4096, 0)).collect();
+        for batch in requests.chunks(128) {
+            serve(&unit, batch, &mut Vec::new());
+        }
+        let (name, request) = match by_detach {
+            true => ("DETACH", detach()),
+            false => ("UNMAP of everything", unmap(0, 1 << 57)),
+        };
+        let start = common::cpu_time();
+        serve(&unit, &[request], &mut Vec::new());
+        let took = common::cpu_time() - start;
+        println!(
+            "{live} live, software engine: {name} in {:.2} ms of the thread's own time",
+            took.as_secs_f64() * 1e3,
+        );
+    }
+}
+
 fn main() {
     // `cargo test --benches` only has to know that it runs.
     let quick = std::env::args().any(|argument| argument == "--test");
@@ -200,6 +268,11 @@ fn main() {
         &[0, 1 << 16, 1 << 20]
     };
     for &live in live {
+        println!(
+            "{live:>8} live: a load at a random place of their {} KiB takes {:.1} ns",
+            (live * 16) >> 10,
+            memory_latency(live * 16)
+        );
         for page in [4096, 2 << 20] {
             for batch in [1, 16, 128] {
                 for near in [true, false] {
@@ -208,5 +281,7 @@ fn main() {
             }
         }
     }
-    teardown(if quick { 1 << 12 } else { 1 << 20 });
+    let live = if quick { 1 << 12 } else { 1 << 20 };
+    teardown(live);
+    teardown_with_engine(live);
 }

@@ -129,12 +129,17 @@ fn head(r#type: u8) -> ReqHead {
 
 /// A MAP of `length` bytes.
 pub(crate) fn map(first: u64, length: u64) -> Vec<u8> {
+    map_to(first, length, 1 << 32)
+}
+
+/// A MAP of `length` bytes to `to`.
+pub(crate) fn map_to(first: u64, length: u64, to: u64) -> Vec<u8> {
     let request = ReqMap {
         head: head(req_type::MAP),
         domain: 1.into(),
         virt_start: first.into(),
         virt_end: (first + length - 1).into(),
-        phys_start: (1 << 32).into(),
+        phys_start: to.into(),
         flags: 3.into(),
     };
     request.as_bytes().to_vec()

@@ -103,6 +103,18 @@ impl Iommu {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Does something, and frees what it left of domains when others may have their turn.
+    fn change<R>(&self, what: impl FnOnce(&mut Engine) -> R) -> R {
+        let mut engine = self.lock();
+        let result = what(&mut engine);
+        let remains = engine.take_remains();
+        drop(engine);
+        if let Some(remains) = remains {
+            remains.free();
+        }
+        result
+    }
+
     /// Puts an endpoint behind this unit: it is claimed in `backend` and Blocked, or in bypass
     /// mode when that is in force. Its number for the guest is its RID. `reserved` is what its
     /// host cannot map; its doorbell is added, and the addresses of x86 messages, which are of no
@@ -120,15 +132,16 @@ impl Iommu {
         for region in [reserved::X86_MSI, doorbell.region()] {
             reserved.insert(region.first, region.last, region.kind);
         }
-        let mut engine = self.lock();
-        engine.config.admits_doorbell(rid, doorbell)?;
-        engine.add_endpoint(rid, backend, reserved)
+        self.change(|engine| {
+            engine.config.admits_doorbell(rid, doorbell)?;
+            engine.add_endpoint(rid, backend, reserved)
+        })
     }
 
     /// Takes an endpoint away: its back end forgets it. While the guest has it attached, the
     /// domain stays and DETACH is accepted. Unknown endpoints are no error.
     pub fn remove_endpoint(&self, rid: Rid) {
-        self.lock().remove_endpoint(rid);
+        self.change(|engine| engine.remove_endpoint(rid));
     }
 
     /// Sets the features that the driver accepted; the rest of the device acts by them.
@@ -159,7 +172,7 @@ impl Iommu {
         let at = spec::Config::BYPASS_OFFSET.checked_sub(offset);
         let value = at.and_then(|at| data.get(usize::try_from(at).ok()?));
         if let Some(&value) = value {
-            self.lock().write_bypass(value);
+            self.change(|engine| engine.write_bypass(value));
         }
     }
 
@@ -167,14 +180,15 @@ impl Iommu {
     /// stays as it is. Devices must be stopped first where it is 1: what they still do would hit
     /// guest memory.
     pub fn reset(&self) {
-        self.lock().reset();
+        self.change(Engine::reset);
     }
 
     /// A system reset: a device reset, and `bypass` as it was at the start.
     pub fn system_reset(&self) {
-        let mut engine = self.lock();
-        engine.bypass = engine.config.bypass;
-        engine.reset();
+        self.change(|engine| {
+            engine.bypass = engine.config.bypass;
+            engine.reset();
+        });
     }
 
     /// Serves requests that arrived together, in order. `replies` gets one [`Reply`] for each,
@@ -199,8 +213,18 @@ impl Iommu {
                 engine = self.lock();
                 left = engine.unmap(&unmap, replies);
             }
+            if let Some(remains) = engine.take_remains() {
+                drop(engine);
+                remains.free();
+                engine = self.lock();
+            }
         }
         engine.flush(replies);
+        let remains = engine.take_remains();
+        drop(engine);
+        if let Some(remains) = remains {
+            remains.free();
+        }
     }
 
     /// Serves one request.
@@ -262,6 +286,6 @@ impl Iommu {
 /// Releases all endpoints and domains.
 impl Drop for Iommu {
     fn drop(&mut self) {
-        self.lock().release();
+        self.change(Engine::release);
     }
 }

@@ -134,13 +134,15 @@ impl State {
     }
 
     /// All endpoints detached, as after a device reset. Those that have departed are forgotten.
-    pub fn reset(&mut self) {
-        self.domains.clear();
+    /// Returns the domains that ceased.
+    pub fn reset(&mut self) -> impl Iterator<Item = Domain> + use<> {
+        let domains = std::mem::take(&mut self.domains);
         self.mappings = 0;
         self.endpoints.retain(|_, endpoint| {
             endpoint.domain = None;
             !endpoint.departed
         });
+        domains.into_values()
     }
 
     /// Checks an ATTACH, to be followed by [`attach`](Self::attach).
@@ -173,17 +175,19 @@ impl State {
         Ok(Attaching::New)
     }
 
-    /// Does an ATTACH that [`check_attach`](Self::check_attach) found in order.
-    pub fn attach(&mut self, request: &Attach) {
-        self.leave(request.endpoint);
+    /// Does an ATTACH that [`check_attach`](Self::check_attach) found in order. Returns the domain
+    /// that ceased by it, if one did.
+    pub fn attach(&mut self, request: &Attach) -> Option<Domain> {
+        let ceased = self.leave(request.endpoint);
         let Some(endpoint) = self.endpoints.get_mut(&request.endpoint) else {
-            return;
+            return ceased;
         };
         endpoint.domain = Some(request.domain);
         let domain = self.domains.entry(request.domain).or_default();
         domain.mode = request.mode;
         domain.endpoints.push(request.endpoint);
         domain.reserved.merge(&endpoint.reserved);
+        ceased
     }
 
     /// Checks a DETACH, to be followed by [`leave`](Self::leave).
@@ -199,24 +203,20 @@ impl State {
         }
     }
 
-    /// Takes an endpoint out of its domain, which ceases with its last endpoint. An endpoint that
-    /// has departed is forgotten.
-    pub fn leave(&mut self, id: u32) {
-        let Some(endpoint) = self.endpoints.get_mut(&id) else {
-            return;
-        };
+    /// Takes an endpoint out of its domain, which ceases with its last endpoint and is returned
+    /// then: it may be much to free. An endpoint that has departed is forgotten.
+    pub fn leave(&mut self, id: u32) -> Option<Domain> {
+        let endpoint = self.endpoints.get_mut(&id)?;
         let left = endpoint.domain.take();
         if endpoint.departed {
             self.endpoints.remove(&id);
         }
-        let Some((number, domain)) = left.and_then(|n| Some((n, self.domains.get_mut(&n)?))) else {
-            return;
-        };
+        let number = left?;
+        let domain = self.domains.get_mut(&number)?;
         domain.endpoints.retain(|&other| other != id);
         if domain.endpoints.is_empty() {
             self.mappings -= domain.mappings.len();
-            self.domains.remove(&number);
-            return;
+            return self.domains.remove(&number);
         }
         domain.reserved = Regions::new();
         for other in &domain.endpoints {
@@ -224,6 +224,7 @@ impl State {
                 domain.reserved.merge(&endpoint.reserved);
             }
         }
+        None
     }
 
     /// Does a MAP.

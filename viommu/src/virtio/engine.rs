@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::config::{AddError, Config};
 use super::decode::{Attach, Detach, Invalidate, Malformed, Map, Mode, Request, Unmap, decode};
 use super::device::Counters;
-use super::domain::{Attaching, State};
+use super::domain::{Attaching, Domain, State};
 use super::fault::{Faults, Sink};
 use super::probe;
 use super::reply::{Chain, Reply};
@@ -43,7 +43,26 @@ pub(super) struct Engine {
     /// What of them the back ends have to be told.
     batch: Vec<Mapping>,
     pub(super) counters: Counters,
+    remains: Remains,
     faults: Arc<Faults>,
+}
+
+/// What is left of domains that no endpoint is in any more. It may be much, so it is freed when
+/// nobody waits for the unit; replies wait for that.
+#[derive(Default)]
+pub(super) struct Remains {
+    domains: Vec<Domain>,
+    homes: Vec<Home>,
+}
+
+impl Remains {
+    /// Frees it, here and in the back ends. To be called without the unit's lock.
+    pub(super) fn free(self) {
+        for home in self.homes {
+            home.backend.destroy_domain(home.id);
+        }
+        drop(self.domains);
+    }
 }
 
 /// An endpoint's way to its back end.
@@ -118,6 +137,7 @@ impl Engine {
             maps: Vec::with_capacity(BATCH),
             batch: Vec::with_capacity(BATCH),
             counters: Counters::default(),
+            remains: Remains::default(),
             faults,
         }
     }
@@ -148,7 +168,7 @@ impl Engine {
             return Err(refused(error));
         }
         // One that departed with this number: the guest meant that one, not this.
-        self.state.leave(id);
+        self.remains.domains.extend(self.state.leave(id));
         self.drop_homes();
         self.state.add_endpoint(id, reserved);
         let port = Port {
@@ -179,7 +199,7 @@ impl Engine {
 
     pub(super) fn reset(&mut self) {
         self.features = 0;
-        self.state.reset();
+        self.remains.domains.extend(self.state.reset());
         self.enforce_unattached();
         self.drop_homes();
         self.faults.clear();
@@ -190,8 +210,17 @@ impl Engine {
         for port in std::mem::take(&mut self.ports).into_values() {
             port.backend.release(port.rid);
         }
-        self.state.reset();
+        self.remains.domains.extend(self.state.reset());
         self.drop_homes();
+    }
+
+    /// What is to be freed, when there is any and nothing is pending: then others may have their
+    /// turn first.
+    pub(super) fn take_remains(&mut self) -> Option<Remains> {
+        let Remains { domains, homes } = &self.remains;
+        let none = domains.is_empty() && homes.is_empty();
+        let idle = matches!(self.pending, Pending::Nothing);
+        (idle && !none).then(|| std::mem::take(&mut self.remains))
     }
 
     /// What is in force for an endpoint without a domain.
@@ -302,7 +331,7 @@ impl Engine {
             self.drop_homes();
             return status_of(&refused);
         }
-        self.state.attach(request);
+        self.remains.domains.extend(self.state.attach(request));
         self.drop_homes();
         Status::Ok
     }
@@ -311,7 +340,9 @@ impl Engine {
         if let Err(status) = self.state.check_detach(request) {
             return status;
         }
-        self.state.leave(request.endpoint);
+        self.remains
+            .domains
+            .extend(self.state.leave(request.endpoint));
         // Refused or not: it is out of the domain.
         let _ = self.enforce(request.endpoint);
         self.drop_homes();
@@ -537,17 +568,16 @@ impl Engine {
 
     /// Takes down homes that no endpoint uses.
     fn drop_homes(&mut self) {
-        let (state, ports) = (&self.state, &self.ports);
+        let (state, ports, remains) = (&self.state, &self.ports, &mut self.remains);
         self.homes.retain(|&number, homes| {
             let endpoints = state.domain(number).map_or(&[][..], |d| &d.endpoints);
-            homes.retain(|home| {
+            let used = |home: &mut Home| {
                 let mut users = endpoints.iter().filter_map(|id| ports.get(id));
-                let used = users.any(|p| !p.refused && same(&p.backend, &home.backend));
-                if !used {
-                    home.backend.destroy_domain(home.id);
-                }
-                used
-            });
+                users.any(|p| !p.refused && same(&p.backend, &home.backend))
+            };
+            remains
+                .homes
+                .extend(homes.extract_if(.., |home| !used(home)));
             !homes.is_empty()
         });
     }

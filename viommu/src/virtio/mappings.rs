@@ -24,8 +24,11 @@ const LEAF: usize = 64;
 /// Neighbouring leaves become one when that has room for some more mappings.
 const MERGED: usize = LEAF - 8;
 
-/// Leaves whose room is kept for the next.
+/// Leaves whose room is kept for the next, at least; and for each of so many leaves there are.
 const ROOMS: usize = 4;
+const LEAVES_PER_ROOM: usize = 8;
+/// No more than that: as many as the requests that come together can split.
+const MOST_ROOMS: usize = 256;
 
 const LENGTH_LOW: u32 = 21;
 const LENGTH_HIGH: u32 = 19;
@@ -506,7 +509,9 @@ impl Mappings {
         leaf.to = gone.to;
         self.link(left as u32, gone.right);
         self.finger = left;
-        if self.rooms.len() < ROOMS {
+        let rooms = (self.directory.len() / LEAVES_PER_ROOM).clamp(ROOMS, MOST_ROOMS);
+        self.rooms.truncate(rooms);
+        if self.rooms.len() < rooms {
             gone.entries.clear();
             self.rooms.push(gone.entries);
         }

@@ -31,6 +31,8 @@ pub(crate) struct Book {
     /// How many calls were refused on demand.
     pub(crate) refused: usize,
     pub(crate) complaints: Vec<String>,
+    /// Called before a domain is destroyed.
+    pub(crate) on_destroy: Option<Box<dyn FnOnce() + Send>>,
     next: u32,
 }
 
@@ -172,6 +174,10 @@ impl Backend for Recorder {
     }
 
     fn destroy_domain(&self, domain: DomainId) {
+        let on_destroy = self.book().on_destroy.take();
+        if let Some(on_destroy) = on_destroy {
+            on_destroy();
+        }
         let mut book = self.book();
         for translation in book.in_force.values_mut() {
             if *translation == Translation::Domain(domain) {

@@ -59,3 +59,27 @@ fn after_all_endpoints_are_detached_the_domain_ceases_to_exist() {
     bench.attach(A, 1);
     assert_eq!(bench.pages(A), []);
 }
+
+#[test]
+fn a_domain_that_ceases_is_freed_while_others_use_the_unit_and_before_the_reply() {
+    let bench = bench();
+    bench.attach(A, 1);
+    bench.map(0, 4);
+    let (tell, destroying) = std::sync::mpsc::channel();
+    let (go, may_go) = std::sync::mpsc::channel::<()>();
+    bench.backend.book().on_destroy = Some(Box::new(move || {
+        tell.send(()).unwrap();
+        may_go.recv().unwrap();
+    }));
+    std::thread::scope(|scope| {
+        let detaching = scope.spawn(|| bench.detach(A, 1));
+        destroying.recv().unwrap();
+        assert_eq!(bench.unit.snapshot().domains, []);
+        assert_eq!(bench.attach(B, 1), Status::Ok);
+        assert_eq!(bench.pages(B), []);
+        assert!(!detaching.is_finished());
+        go.send(()).unwrap();
+        assert_eq!(detaching.join().unwrap(), Status::Ok);
+    });
+    assert_eq!(bench.backend.objects().domains, 1);
+}
