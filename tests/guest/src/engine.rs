@@ -363,6 +363,11 @@ fn virtual_commands(lab: &Lab) -> Result<()> {
         "a process beyond the quota: {over:?}"
     );
     show(over.stderr);
+    let told = two.run("dmesg -c")?;
+    ensure!(
+        told.contains("Failed ASID allocation"),
+        "the guest's kernel says nothing of the quota: {told}"
+    );
     ensure!(owner("two")?.in_use == QUOTA, "the quota is not in use");
     two.run(FREE)?;
     let freed = owner("two")?.in_use;

@@ -19,6 +19,8 @@ use crate::{Pasid, Rid, Target};
 
 /// How many bytes of the queue are read at a time: one page.
 const CHUNK: usize = 4096;
+/// Ranges of interrupt entries that are collected. Of more, all entries are invalidated.
+const INTERRUPT_RANGES: usize = 256;
 
 /// A wait descriptor that is to be reported as done.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +65,33 @@ pub(super) struct Surroundings<'u> {
     pub(super) drain_page_requests: &'u dyn Fn(),
 }
 
+/// Interrupt entries that are to be invalidated.
+#[derive(Debug, Default)]
+struct InterruptEntries {
+    all: bool,
+    ranges: Vec<(u16, u32)>,
+}
+
+impl InterruptEntries {
+    fn add(&mut self, entries: Option<(u16, u32)>) {
+        match entries {
+            Some(range) if self.ranges.len() < INTERRUPT_RANGES => self.ranges.push(range),
+            _ => self.all = true,
+        }
+    }
+
+    /// Tells the remapper, in one call.
+    fn finish(&mut self, remapper: Option<&dyn InterruptRemapper>) {
+        if let Some(remapper) = remapper
+            && (self.all || !self.ranges.is_empty())
+        {
+            remapper.invalidate((!self.all).then_some(&self.ranges));
+        }
+        self.all = false;
+        self.ranges.clear();
+    }
+}
+
 /// Buffers and counts of the queue; nothing is allocated per descriptor.
 #[derive(Debug, Default)]
 pub(super) struct Invalidations {
@@ -70,6 +99,7 @@ pub(super) struct Invalidations {
     /// A page of the queue.
     buffer: Vec<u8>,
     drain: bool,
+    interrupts: InterruptEntries,
     pub(super) counts: QueueCounts,
 }
 
@@ -93,6 +123,7 @@ impl Invalidations {
         self.buffer = buffer;
         self.counts.errors += u64::from(result.is_err());
         targets.finish(around.view);
+        self.interrupts.finish(around.remapper);
         self.complete(around, registers, interrupts);
         result
     }
@@ -188,9 +219,7 @@ impl Invalidations {
             }
             Descriptor::InterruptEntryCache { entries } => {
                 counts.interrupt_entry_cache += 1;
-                if let Some(remapper) = around.remapper {
-                    remapper.invalidate(entries);
-                }
+                self.interrupts.add(entries);
             }
             Descriptor::PageGroupResponse {
                 rid,
@@ -207,6 +236,7 @@ impl Invalidations {
                 if let Some(backend) = (around.owed)(target, prgi) {
                     // The device acts on the answer: what was said before must be true by then.
                     targets.finish(around.view);
+                    self.interrupts.finish(around.remapper);
                     backend.respond(PageResponse {
                         target,
                         group: prgi,

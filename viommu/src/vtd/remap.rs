@@ -31,7 +31,8 @@ pub trait InterruptRemapper: Send + Sync {
     /// Every route follows `remapping` when this returns.
     fn update(&self, remapping: Remapping);
 
-    /// Routes through these entries (`None`: all; else the first index and how many) follow the
-    /// table as it is now, when this returns.
-    fn invalidate(&self, entries: Option<(u16, u32)>);
+    /// Routes through these entries (`None`: all; else first indexes and how many from each on)
+    /// follow the table as it is now, when this returns. What one run of the queue names comes in
+    /// one call, since changing routes may cost the same for one as for many.
+    fn invalidate(&self, entries: Option<&[(u16, u32)]>);
 }

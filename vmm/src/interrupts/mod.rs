@@ -267,7 +267,7 @@ impl Interrupts {
         self.vm.pulse(gsi);
     }
 
-    /// Asks `remapper` again about its lines: about all of them, or those that go by `entries`.
+    /// Asks `remapper` again about its lines: about all of them, or those that go by one of `entries`.
     /// When this returns, none of them takes an old route. One update of the kernel's table for all
     /// of them, and none when nothing has changed.
     ///
@@ -276,19 +276,27 @@ impl Interrupts {
     pub fn reevaluate(
         &self,
         remapper: &dyn Remapper,
-        entries: Option<RangeInclusive<u32>>,
+        entries: Option<&[RangeInclusive<u32>]>,
     ) -> io::Result<()> {
         let key = key(remapper);
-        let (first, last) = match entries {
-            None => (None, Some(u32::MAX)),
-            Some(entries) if entries.is_empty() => return Ok(()),
-            Some(entries) => (Some(*entries.start()), Some(*entries.end())),
-        };
         let mut state = self.state();
-        let touched = state
-            .by_entry
-            .range((key, first, 0)..=(key, last, u32::MAX));
-        let gsis: Vec<u32> = touched.map(|(_, _, gsi)| *gsi).collect();
+        let by_entry = &state.by_entry;
+        let touched = |first: Option<u32>, last: u32| {
+            let lines = by_entry.range((key, first, 0)..=(key, Some(last), u32::MAX));
+            lines.map(|&(_, _, gsi)| gsi)
+        };
+        let gsis: Vec<u32> = match entries {
+            None => touched(None, u32::MAX).collect(),
+            Some(entries) => {
+                let ranges = entries.iter().filter(|range| !range.is_empty());
+                let lines = ranges.flat_map(|range| touched(Some(*range.start()), *range.end()));
+                let mut gsis: Vec<u32> = lines.collect();
+                // Ranges may overlap.
+                gsis.sort_unstable();
+                gsis.dedup();
+                gsis
+            }
+        };
         self.commit(&mut state, &gsis)
     }
 

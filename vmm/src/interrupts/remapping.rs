@@ -206,7 +206,7 @@ impl RemappingUnit {
         }
     }
 
-    fn reevaluate(&self, entries: Option<RangeInclusive<u32>>) {
+    fn reevaluate(&self, entries: Option<&[RangeInclusive<u32>]>) {
         if let Some(interrupts) = self.interrupts.upgrade()
             && let Err(why) = interrupts.reevaluate(self, entries)
         {
@@ -243,12 +243,20 @@ impl InterruptRemapper for RemappingUnit {
         self.reevaluate(None);
     }
 
-    fn invalidate(&self, entries: Option<(u16, u32)>) {
-        self.invalidations.fetch_add(1, Ordering::Relaxed);
-        self.reevaluate(entries.map(|(first, count)| {
+    fn invalidate(&self, entries: Option<&[(u16, u32)]>) {
+        let count = entries.map_or(1, <[_]>::len);
+        self.invalidations
+            .fetch_add(count as u64, Ordering::Relaxed);
+        let range = |&(first, count): &(u16, u32)| {
             let first = u32::from(first);
             first..=first + (count.max(1) - 1)
-        }));
+        };
+        match entries {
+            // Nearly always.
+            Some([one]) => self.reevaluate(Some(&[range(one)])),
+            Some(many) => self.reevaluate(Some(&many.iter().map(range).collect::<Vec<_>>())),
+            None => self.reevaluate(None),
+        }
     }
 }
 

@@ -93,13 +93,9 @@ impl Mappings {
         }
         // Only the last mapping that starts inside can reach out of the range: they do not overlap.
         let mut removed: Option<(u64, RangeInclusive<u64>)> = None;
-        for _ in 0..most {
-            let next = self.by_iova.range(range.clone()).next();
-            let Some((&first, to)) = next.filter(|(_, to)| to.last <= *range.end()) else {
-                break;
-            };
-            let last = to.last;
-            self.by_iova.remove(&first);
+        let inside = |_: &u64, to: &mut To| to.last <= *range.end();
+        let gone = self.by_iova.extract_if(range.clone(), inside);
+        for (first, To { last, .. }) in gone.take(most) {
             let (bytes, all) = removed.unwrap_or((0, first..=last));
             removed = Some((bytes + (last - first + 1), *all.start()..=last));
         }

@@ -175,7 +175,7 @@ impl InterruptRemapper for Routes {
         self.0.lock().unwrap().push(format!("{remapping:?}"));
     }
 
-    fn invalidate(&self, entries: Option<(u16, u32)>) {
+    fn invalidate(&self, entries: Option<&[(u16, u32)]>) {
         self.0.lock().unwrap().push(format!("{entries:?}"));
     }
 }
@@ -214,9 +214,12 @@ fn interrupt_routes_are_rewritten_before_a_wait_is_done() {
         compatibility: false,
     };
     assert_eq!(routes.0.lock().unwrap().pop(), Some(format!("{on:?}")));
-    assert!(guest.submit(&[[4, 0, 0, 0], [4 | 1 << 4 | 2 << 27 | 0x17 << 32, 0, 0, 0]]));
+    let entries = |first: u64, mask: u64| [4 | 1 << 4 | mask << 27 | first << 32, 0, 0, 0];
+    assert!(guest.submit(&[entries(0x17, 2), entries(0x30, 0)]));
+    assert!(guest.submit(&[entries(0x17, 2), [4, 0, 0, 0]]));
     let calls = std::mem::take(&mut *routes.0.lock().unwrap());
-    assert_eq!(calls[1..], ["None", "Some((20, 4))"]);
+    let named = "Some([(20, 4), (48, 1)])";
+    assert_eq!(calls[1..], [named, "None"], "one call per run");
     guest.unit.reset();
     let off = format!("{:?}", Remapping::default());
     assert_eq!(routes.0.lock().unwrap().pop(), Some(off));
