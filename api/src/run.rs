@@ -5,9 +5,10 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use vmm::config::{Builder, Field, PayloadConfig, SECTIONS, Section, schema};
+use vmm::config::{Builder, Field, SECTIONS, Section, schema};
 use vmm::control::{self, Shared};
 use vmm::outcome::STATUSES;
+use vmm::sandbox::Sandbox;
 use vmm::vm::Control;
 
 use crate::Failure;
@@ -18,8 +19,10 @@ const EVENT_MONITOR: &str = "event-monitor";
 
 /// The subcommand with its whole help.
 pub(crate) fn command() -> Command {
-    let payload = PayloadConfig::GROUP.fields.iter().map(payload_arg);
-    let sections = SECTIONS.iter().filter(|s| !is_payload(s)).map(section_arg);
+    let spread = SECTIONS.iter().filter(|section| section.spread);
+    let spread = spread.flat_map(|section| section.group.fields.iter().map(|f| field_arg(section, f)));
+    let sections = SECTIONS.iter().filter(|section| !section.spread);
+    let sections = sections.map(section_arg);
     Command::new("run")
         .about("Runs a VM until it ends")
         .arg_required_else_help(true)
@@ -29,7 +32,7 @@ pub(crate) fn command() -> Command {
                 .value_name("FILE")
                 .help("Take the configuration from a JSON file; options add to it or replace it"),
         )
-        .args(payload)
+        .args(spread)
         .args(sections)
         .arg(
             Arg::new(API_SOCKET)
@@ -55,16 +58,12 @@ pub(crate) fn command() -> Command {
         .after_long_help(after_help())
 }
 
-fn is_payload(section: &Section) -> bool {
-    section.key == "payload"
-}
-
-fn payload_arg(field: &Field) -> Arg {
+fn field_arg(section: &Section, field: &Field) -> Arg {
     let mut help = schema::paragraph(field.docs);
     if let Some(default) = (field.default)() {
         let _ = write!(help, " [default: {default}]");
     }
-    let long = format!("{help} In JSON: payload.{}.", field.key);
+    let long = format!("{help} In JSON: {}.{}.", section.key, field.key);
     Arg::new(field.option)
         .long(field.option)
         .value_name(field.syntax)
@@ -118,23 +117,30 @@ Example:
 /// Runs the VM, if there is one, and serves clients; returns the exit status.
 pub(crate) fn run(options: &ArgMatches) -> Result<u8, Failure> {
     let services = services(options).map_err(Failure::Usage)?;
+    let asked = configuration(options).map_err(Failure::Usage)?;
+    let (sandbox, rules) = asked
+        .sandbox()
+        .map_err(|why| Failure::Usage(why.to_string()))?;
     let config = match services.listener.is_some() && !describes_a_vm(options) {
         true => None,
         false => Some(
-            configuration(options)
-                .and_then(|config| config.build().map_err(|why| why.to_string()))
+            asked
+                .build()
+                .map_err(|why| why.to_string())
                 .and_then(|config| config.validate().map_err(|why| why.to_string()))
                 .map_err(Failure::Usage)?,
         ),
     };
+    let sandbox = Sandbox::new(&sandbox, &rules, services.listener.is_some());
+    let landlock = sandbox.landlock;
     let error = |why: Box<dyn std::error::Error>| Failure::Error(why);
-    let nestling = vmm::vm::prepare().map_err(|why| error(why.into()))?;
+    let nestling = vmm::vm::prepare(sandbox).map_err(|why| error(why.into()))?;
     let (controller, requests) = control::channel().map_err(|why| error(why.into()))?;
     let shared = Shared::default();
     let served = services.listener.is_some() || services.monitor.is_some();
     // Dropped last: answers that are on their way arrive.
     let _server = served
-        .then(|| Server::start(services, controller, shared.clone()))
+        .then(|| Server::start(services, controller, shared.clone(), landlock))
         .transpose()
         .map_err(|why| error(why.into()))?;
     match nestling.run(config, Control { requests, shared }) {
@@ -186,12 +192,18 @@ fn place(options: &ArgMatches, option: &str) -> Result<Option<Place>, String> {
 
 /// Whether any option is about a VM.
 fn describes_a_vm(options: &ArgMatches) -> bool {
-    let payload = PayloadConfig::GROUP.fields.iter().map(|f| f.option);
-    let sections = SECTIONS.iter().filter(|s| !is_payload(s)).map(|s| s.option);
-    payload
-        .chain(sections)
-        .chain(["config"])
-        .any(|option| options.contains_id(option))
+    let of_nestling = ["sandbox", "landlock_rules"];
+    let of_the_vm = SECTIONS.iter().filter(|s| !of_nestling.contains(&s.key));
+    let mut options_of_it = of_the_vm.flat_map(option_names).chain(["config"]);
+    options_of_it.any(|option| options.contains_id(option))
+}
+
+/// The options of the command line that stand for a section.
+fn option_names(section: &Section) -> Vec<&'static str> {
+    match section.spread {
+        true => section.group.fields.iter().map(|f| f.option).collect(),
+        false => vec![section.option],
+    }
 }
 
 fn configuration(options: &ArgMatches) -> Result<Builder, String> {
@@ -204,9 +216,7 @@ fn configuration(options: &ArgMatches) -> Result<Builder, String> {
         }
         None => Builder::default(),
     };
-    let payload = PayloadConfig::GROUP.fields.iter().map(|f| f.option);
-    let sections = SECTIONS.iter().filter(|s| !is_payload(s)).map(|s| s.option);
-    for option in payload.chain(sections) {
+    for option in SECTIONS.iter().flat_map(option_names) {
         for text in options.get_many::<String>(option).into_iter().flatten() {
             builder
                 .option(option, text)

@@ -20,6 +20,7 @@ pub mod page_requests;
 pub mod pasid;
 pub mod reserved;
 pub mod spec;
+pub mod thread;
 pub mod virtio;
 pub mod vtd;
 

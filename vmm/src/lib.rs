@@ -13,5 +13,6 @@ pub mod interrupts;
 pub mod kvm;
 pub mod memory;
 pub mod outcome;
+pub mod sandbox;
 pub mod terminal;
 pub mod vm;

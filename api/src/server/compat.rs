@@ -140,8 +140,8 @@ const WHOLE: &[Known] = &[
     ("gdb", &["false"]),
     ("pci_segments", &["[]"]),
     ("tpm", &[]),
-    ("landlock_enable", &["false"]),
-    ("landlock_rules", &["[]"]),
+    // Whoever starts nestling decides (--landlock).
+    ("landlock_enable", &["false", "true"]),
 ];
 
 /// Takes such keys out of the configuration of a VM.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use vmm::control::{ApiError, Code};
+use vmm::sandbox;
 
 /// How many may wait.
 const QUEUE: usize = 32;
@@ -23,15 +24,16 @@ impl Inspector {
     ///
     /// # Errors
     /// The host has no room for one.
-    pub(super) fn start() -> io::Result<Self> {
+    pub(super) fn start(landlock: bool) -> io::Result<Self> {
         let (sender, questions) = sync_channel::<Question>(QUEUE);
-        std::thread::Builder::new()
-            .name("inspector".into())
-            .spawn(move || {
-                for question in questions {
-                    question();
-                }
-            })?;
+        viommu::thread::spawn("inspector", move || {
+            if landlock {
+                sandbox::confine_thread(&sandbox::of_inspector());
+            }
+            for question in questions {
+                question();
+            }
+        })?;
         Ok(Self(sender))
     }
 
@@ -100,7 +102,7 @@ mod tests {
             .build()
             .unwrap();
         runtime.block_on(async {
-            let inspector = Inspector::start().unwrap();
+            let inspector = Inspector::start(false).unwrap();
             let (release, wait) = std::sync::mpsc::channel::<()>();
             let limit = Duration::from_millis(50);
             let stuck = inspector.ask_within(limit, move || wait.recv()).await;

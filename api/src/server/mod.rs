@@ -34,6 +34,7 @@ use tokio::runtime;
 use tokio::sync::watch;
 use tokio::task::LocalSet;
 use vmm::control::{Controller, Shared};
+use vmm::sandbox;
 
 pub(crate) use follow::Monitor;
 pub(crate) use socket::Listener;
@@ -66,7 +67,7 @@ pub(crate) struct Api {
 }
 
 impl Server {
-    /// Starts the threads.
+    /// Starts the threads, whose paths are confined with `landlock`.
     ///
     /// # Errors
     /// The host has no room for another thread or descriptor.
@@ -74,6 +75,7 @@ impl Server {
         services: Services,
         controller: Controller,
         shared: Shared,
+        landlock: bool,
     ) -> io::Result<Self> {
         let (ending, told) = watch::channel(false);
         let (tell, news) = watch::channel(());
@@ -83,7 +85,7 @@ impl Server {
         let api = Arc::new(Api {
             controller,
             shared,
-            inspector: inspector::Inspector::start()?,
+            inspector: inspector::Inspector::start(landlock)?,
             news,
             ending: told,
             followers: Arc::new(tokio::sync::Semaphore::new(follow::MOST)),
@@ -91,9 +93,14 @@ impl Server {
         let runtime = runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let thread = std::thread::Builder::new()
-            .name("api".into())
-            .spawn(move || LocalSet::new().block_on(&runtime, serve(services, api)))?;
+        let socket = services.listener.as_ref().and_then(Listener::path);
+        let needs = sandbox::of_api(socket);
+        let thread = viommu::thread::spawn("api", move || {
+            if landlock {
+                sandbox::confine_thread(&needs);
+            }
+            LocalSet::new().block_on(&runtime, serve(services, api));
+        })?;
         Ok(Self {
             ending,
             thread: Some(thread),

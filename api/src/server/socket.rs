@@ -79,6 +79,11 @@ impl Listener {
         })
     }
 
+    /// Where it is, if it is ours to remove.
+    pub(super) fn path(&self) -> Option<&Path> {
+        self.path.as_ref().map(|(path, _)| path.as_path())
+    }
+
     /// For the event loop that is running.
     ///
     /// # Errors

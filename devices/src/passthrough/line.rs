@@ -39,9 +39,7 @@ impl Line {
         let interest = EpollEvent::new(EventSet::IN, 0);
         epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
         let (raised, stopped) = (event.clone(), stop.clone());
-        let thread = std::thread::Builder::new()
-            .name("interrupt-line".into())
-            .spawn(move || {
+        let thread = viommu::thread::spawn("interrupt-line", move || {
                 let mut events = [EpollEvent::default()];
                 while !stopped.load(Ordering::Acquire) {
                     match epoll.wait(-1, &mut events) {

@@ -403,9 +403,7 @@ impl Worker {
             let channels = Arc::clone(&channels);
             move || channels.work(&*upstream)
         };
-        let thread = std::thread::Builder::new()
-            .name("dma-test-engine".into())
-            .spawn(work)?;
+        let thread = viommu::thread::spawn("dma-test-engine", work)?;
         Ok(Self {
             channels,
             thread: Some(thread),

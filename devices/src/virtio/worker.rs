@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -68,13 +68,8 @@ impl Workers {
         name: &str,
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
-        let name = name
-            .chars()
-            .filter(char::is_ascii_graphic)
-            .take(15)
-            .collect();
         let counted = Counted::new();
-        let thread = thread::Builder::new().name(name).spawn(move || {
+        let thread = viommu::thread::spawn(name, move || {
             let _counted = counted;
             body();
         })?;

@@ -309,3 +309,52 @@ options! {
         pub pasid_quota: u32 = viommu::pasid::Config::DEFAULT_QUOTA;
     }
 }
+
+words! {
+    /// What a system call does that nestling never makes.
+    pub enum SeccompMode: "on|log|off" {
+        /// It kills nestling (SIGSYS).
+        #[default]
+        On = "on",
+        /// It is done, and the kernel's audit log says so.
+        Log = "log",
+        /// Nothing: there are no filters.
+        Off = "off",
+    }
+}
+
+options! {
+    /// What nestling itself may do of the host. It is fixed when nestling starts.
+    pub struct SandboxConfig {
+        /// What a system call does that nestling never makes: kill it, only be logged by the
+        /// kernel's audit, or nothing. By itself, on.
+        pub seccomp: Option<SeccompMode>;
+        /// Let nestling open only what its configuration and --landlock-rules name, from the
+        /// first boot on. By itself, on where the kernel has landlock.
+        pub landlock: Option<bool>;
+    }
+}
+
+words! {
+    /// What may be done with the files below a path.
+    pub enum LandlockAccess: "r|w|rw" {
+        /// Read them.
+        Read = "r",
+        /// Write them.
+        Write = "w",
+        /// Both.
+        #[default]
+        ReadWrite = "rw",
+    }
+}
+
+options! {
+    /// A file, or a folder with all below it, that nestling may open beside what its configuration
+    /// names: disks that are plugged later. May be given several times.
+    pub struct LandlockConfig {
+        /// The file or folder.
+        pub path: PathBuf, required;
+        /// What for.
+        pub access: LandlockAccess = LandlockAccess::ReadWrite;
+    }
+}

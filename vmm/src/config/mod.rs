@@ -59,6 +59,10 @@ pub struct VmConfig {
     pub viommus: Vec<ViommuConfig>,
     /// Everything that belongs to the VM as a whole.
     pub platform: PlatformConfig,
+    /// What nestling itself may do.
+    pub sandbox: SandboxConfig,
+    /// What it may open beside what is named here.
+    pub landlock_rules: Vec<LandlockConfig>,
 }
 
 impl PartialSchema for VmConfig {
@@ -102,6 +106,8 @@ pub struct Section {
     pub key: &'static str,
     /// Whether it may be given several times: the key holds an array.
     pub many: bool,
+    /// Whether its fields are options of their own, and `option` is none.
+    pub spread: bool,
     /// Its fields.
     pub group: Group,
     /// The name of the struct.
@@ -114,6 +120,7 @@ macro_rules! one {
             option: $key,
             key: $key,
             many: false,
+            spread: false,
             group: $type::GROUP,
             name: stringify!($type),
         }
@@ -126,16 +133,25 @@ macro_rules! many {
             option: $option,
             key: $key,
             many: true,
+            spread: false,
             group: $type::GROUP,
             name: stringify!($type),
         }
     };
 }
 
-/// Every section, in the order help shows them. The fields of `payload` are options of their own
-/// (`--kernel`, `--initramfs`, `--cmdline`).
+macro_rules! spread {
+    ($key:literal, $type:ident) => {
+        Section {
+            spread: true,
+            ..one!($key, $type)
+        }
+    };
+}
+
+/// Every section, in the order help shows them.
 pub const SECTIONS: &[Section] = &[
-    one!("payload", PayloadConfig),
+    spread!("payload", PayloadConfig),
     one!("cpus", CpusConfig),
     one!("memory", MemoryConfig),
     many!("disk", "disks", DiskConfig),
@@ -147,6 +163,8 @@ pub const SECTIONS: &[Section] = &[
     many!("test-device", "test_devices", TestDeviceConfig),
     many!("viommu", "viommus", ViommuConfig),
     one!("platform", PlatformConfig),
+    spread!("sandbox", SandboxConfig),
+    many!("landlock-rules", "landlock_rules", LandlockConfig),
 ];
 
 /// A [`VmConfig`] as it grows: a JSON document and options on top of it.
@@ -205,20 +223,25 @@ impl Builder {
     /// # Errors
     /// An unknown option, or a text that is not by the schema.
     pub fn option(&mut self, option: &str, text: &str) -> Result<(), SchemaError> {
-        if let Some(field) = PayloadConfig::GROUP
-            .fields
-            .iter()
-            .find(|f| f.option == option)
-        {
-            let payload = self.0.entry("payload").or_insert_with(|| Map::new().into());
-            if let Value::Object(payload) = payload {
-                payload.insert(field.key.into(), text.into());
+        let spread = SECTIONS.iter().filter(|s| s.spread);
+        let mut fields = spread.flat_map(|s| s.group.fields.iter().map(move |f| (s.key, f)));
+        if let Some((key, field)) = fields.find(|(_, field)| field.option == option) {
+            let value = (field.parse)(text);
+            (field.check)(&value).map_err(|_| {
+                SchemaError::new(format!(
+                    "--{option} {text} is wrong: it must be {}",
+                    field.must
+                ))
+            })?;
+            let group = self.0.entry(key).or_insert_with(|| Map::new().into());
+            if let Value::Object(group) = group {
+                group.insert(field.key.into(), value);
             }
             return Ok(());
         }
         let section = SECTIONS
             .iter()
-            .find(|s| s.option == option)
+            .find(|s| s.option == option && !s.spread)
             .ok_or_else(|| {
                 let known = SECTIONS.iter().map(|s| s.option);
                 schema::unknown("there is no option", option, known)
@@ -236,6 +259,21 @@ impl Builder {
             self.0.insert(section.key.into(), value);
         }
         Ok(())
+    }
+
+    /// What it says of nestling itself, which is there without a VM, too.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build).
+    pub fn sandbox(&self) -> Result<(SandboxConfig, Vec<LandlockConfig>), SchemaError> {
+        let wrong = |why| SchemaError::new(format!("the configuration is wrong: {why}"));
+        let of = |key: &str| self.0.get(key).cloned();
+        let sandbox = of("sandbox").map(serde_json::from_value).transpose();
+        let rules = of("landlock_rules").map(serde_json::from_value).transpose();
+        Ok((
+            sandbox.map_err(wrong)?.unwrap_or_default(),
+            rules.map_err(wrong)?.unwrap_or_default(),
+        ))
     }
 
     /// The whole configuration.

@@ -140,6 +140,8 @@ codes! {
     BodyTooLarge = 413 "body-too-large";
     /// The host refused something: a file, a device, memory, KVM.
     HostRefused = 422 "host-refused";
+    /// nestling's sandbox does not let it open what this needs.
+    SandboxRefused = 422 "sandbox-refused";
     /// The device cannot do what the guest was promised at boot.
     CapabilityMismatch = 422 "capability-mismatch";
     /// Every slot for devices is taken.

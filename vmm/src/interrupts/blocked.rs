@@ -39,9 +39,7 @@ impl Watch {
         });
         shared.control(ControlOperation::Add, &shared.end, END)?;
         let its = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("blocked-irqs".into())
-            .spawn(move || its.run(&interrupts))?;
+        viommu::thread::spawn("blocked-irqs", move || its.run(&interrupts))?;
         Ok(Self { shared })
     }
 

@@ -249,9 +249,7 @@ impl VcpuThreads {
                 counts: started.counts[index].clone(),
                 _vm: vm.clone(),
             };
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || vcpu.run())
+            let thread = viommu::thread::spawn(&format!("vcpu{index}"), move || vcpu.run())
                 .map_err(failed("clone", format!("the thread of vCPU {index}")))?;
             started.threads.push(thread);
         }

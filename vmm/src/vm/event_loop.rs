@@ -6,8 +6,9 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::outcome::Outcome;
 use crate::terminal::Escape;
 
 /// What woke the loop.
@@ -70,10 +72,14 @@ pub(super) trait Input {
     fn has_room(&self) {}
 }
 
-/// Signals, blocked for the whole process and read from a file descriptor. Make it before any
-/// thread is started.
+/// Signals, blocked for the whole process and read by a thread of their own (`watchdog`), which
+/// hands them on: one that ends nestling does so even when the main thread is stuck in the kernel.
+/// Make it before any other thread is started.
 #[derive(Debug)]
 pub(super) struct Signals(File);
+
+/// How long nestling may take to end when it is told to.
+const END_LIMIT: Duration = Duration::from_secs(20);
 
 const SIGNALS: [i32; 5] = [
     libc::SIGINT,
@@ -84,11 +90,21 @@ const SIGNALS: [i32; 5] = [
 ];
 
 impl Signals {
-    /// Blocks the signals and opens the descriptor.
+    /// Blocks the signals and starts the thread.
     ///
     /// # Errors
     /// What the kernel said.
     pub(super) fn block() -> io::Result<Self> {
+        let (ours, its) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let arrived = Self::signalfd()?;
+        let mut hand_on = File::from(OwnedFd::from(its));
+        viommu::thread::spawn("watchdog", move || watch(arrived, &mut hand_on, END_LIMIT))?;
+        Ok(Self(OwnedFd::from(ours).into()))
+    }
+
+    /// Blocks the signals; reading the file waits for one.
+    fn signalfd() -> io::Result<File> {
         let wrong = |_| io::Error::from_raw_os_error(libc::EINVAL);
         let set = vmm_sys_util::signal::create_sigset(&SIGNALS).map_err(wrong)?;
         // SAFETY: `set` is an initialized signal set; the old mask is not asked for.
@@ -98,21 +114,45 @@ impl Signals {
             return Err(io::Error::from_raw_os_error(refused));
         }
         // SAFETY: `set` is an initialized signal set; -1 asks for a new descriptor.
-        let fd =
-            unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
+        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the kernel has just returned this descriptor, so nobody else owns it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }.into()))
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
     }
 
     fn next(&mut self) -> Option<i32> {
-        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
-        self.0.read_exact(&mut info).ok()?;
-        // ssi_signo is the first field.
-        Some(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))
+        let mut number = [0];
+        self.0.read_exact(&mut number).ok()?;
+        Some(number[0].into())
     }
+}
+
+/// Hands signals on as bytes, and ends the process when one that ends it has had no effect within
+/// `limit`. The kernel then takes back whatever nestling had.
+fn watch(mut arrived: File, hand_on: &mut File, limit: Duration) {
+    let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+    while arrived.read_exact(&mut info).is_ok() {
+        // ssi_signo is the first field, and no number needs more than its first byte.
+        let number = info[0];
+        // Nobody reads it: the end is there already.
+        let _ = hand_on.write_all(&[number]);
+        if ends_nestling(number.into()) {
+            std::thread::sleep(limit);
+            crate::terminal::restore();
+            eprintln!(
+                "nestling: signal {number} came {} s ago and the host still keeps it busy; it ends without waiting",
+                limit.as_secs()
+            );
+            // SAFETY: it takes a number; nothing of this process is used afterwards.
+            unsafe { libc::_exit(Outcome::Signal(number).status().into()) };
+        }
+    }
+}
+
+fn ends_nestling(number: i32) -> bool {
+    !matches!(number, libc::SIGUSR1 | libc::SIGPWR)
 }
 
 type Wakes = Rc<RefCell<VecDeque<Wake>>>;

@@ -51,6 +51,7 @@ use crate::kvm::vcpu::{EventLine, Exits, GuestEvent, VcpuThreads};
 use crate::kvm::{self, Host, KvmError, registers};
 use crate::memory::layout::{self, HostReserved, IOAPIC, LayoutError};
 use crate::memory::ram::{self, RamError};
+use crate::sandbox::{PathsError, Refusal, SandboxError};
 use crate::terminal::RawMode;
 
 /// Why a VM does not run, or did not go on: one sentence, with its sources' appended.
@@ -74,6 +75,15 @@ pub enum VmError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The sandbox cannot be had.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// Paths cannot be confined.
+    #[error(transparent)]
+    Paths(#[from] PathsError),
+    /// They are, and this VM needs others.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// The host refused something small.
     #[error("{what} cannot be had ({source}); raise the limits of this user")]
     Host {

@@ -19,6 +19,7 @@ use crate::control::{
 use crate::kvm::Host;
 use crate::kvm::vcpu::GuestEvent;
 use crate::outcome::Outcome;
+use crate::sandbox::{self, Paths, Refusal, Role, Sandbox};
 
 /// How long a vCPU may take to finish the exit that it is in, when it is paused.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
@@ -34,15 +35,19 @@ pub struct Control {
 
 /// A nestling whose signals go to its event loop, and to no thread that is started from now on.
 #[derive(Debug)]
-pub struct Prepared(Signals);
+pub struct Prepared {
+    signals: Signals,
+    sandbox: Sandbox,
+}
 
 /// Call it before any thread is started.
 ///
 /// # Errors
-/// No descriptor is left.
-pub fn prepare() -> Result<Prepared, VmError> {
-    let signals = Signals::block().map_err(host("a descriptor for signals"))?;
-    Ok(Prepared(signals))
+/// No descriptor or thread is left, or the kernel has no system call filters.
+pub fn prepare(sandbox: Sandbox) -> Result<Prepared, VmError> {
+    sandbox::start(sandbox.seccomp)?;
+    let signals = Signals::block().map_err(host("a thread for signals"))?;
+    Ok(Prepared { signals, sandbox })
 }
 
 impl Prepared {
@@ -52,13 +57,16 @@ impl Prepared {
     /// # Errors
     /// The VM of `config` cannot be built, or nestling or KVM cannot go on.
     pub fn run(self, config: Option<Validated>, control: Control) -> Result<Outcome, VmError> {
-        let mut event_loop = EventLoop::new(self.0).map_err(host("an event loop"))?;
+        sandbox::enter(Role::Main)?;
+        let mut event_loop = EventLoop::new(self.signals).map_err(host("an event loop"))?;
         event_loop
             .watch_event(control.requests.eventfd(), Wake::Requests)
             .map_err(host("a watch of the event loop"))?;
         let mut session = Session {
             event_loop,
             control,
+            sandbox: self.sandbox,
+            paths: None,
             vm: None,
             running: None,
             first_boot: true,
@@ -74,6 +82,9 @@ impl Prepared {
 struct Session {
     event_loop: EventLoop,
     control: Control,
+    sandbox: Sandbox,
+    /// What can be opened since the first boot.
+    paths: Option<Paths>,
     /// The configuration of the VM that was created.
     vm: Option<Validated>,
     running: Option<(Running, VmState)>,
@@ -172,6 +183,7 @@ impl Session {
                     .remedy("delete it first (vm.delete)"),
             );
         }
+        self.keeps_the_sandbox(&config)?;
         self.created(config);
         Ok(Done::Nothing)
     }
@@ -196,8 +208,9 @@ impl Session {
         };
         let _operation = self.control.shared.progress.begin(operation);
         self.control.shared.events.emit(Event::Booting);
-        let vm = Host::open()
-            .map_err(VmError::from)
+        let vm = self
+            .confine(&config)
+            .and_then(|()| Host::open().map_err(VmError::from))
             .and_then(|kvm| Vm::build(&config, &kvm, self.first_boot, &self.control.shared))
             .and_then(|vm| vm.start(&mut self.event_loop));
         let running = match vm {
@@ -211,6 +224,43 @@ impl Session {
         self.running = Some((running, VmState::Running));
         self.publish();
         self.control.shared.events.emit(Event::Booted);
+        Ok(())
+    }
+
+    /// The sandbox was chosen by who started nestling.
+    fn keeps_the_sandbox(&self, config: &Validated) -> Result<(), ApiError> {
+        let asked = Sandbox::new(&config.sandbox, &[], false);
+        let fixed = &self.sandbox;
+        let field = match &config.sandbox {
+            asks if asks.seccomp.is_some() && asked.seccomp != fixed.seccomp => "seccomp",
+            asks if asks.landlock.is_some() && asked.landlock != fixed.landlock => "landlock",
+            _ => return Ok(()),
+        };
+        Err(ApiError::new(
+            Code::SandboxRefused,
+            format!("sandbox.{field} was fixed when nestling was started, otherwise"),
+        )
+        .field(format!("sandbox.{field}"))
+        .remedy(format!("leave it out, or start nestling with --{field}")))
+    }
+
+    /// Fixes what can be opened, when the first VM is booted. Whatever VM comes later has to do
+    /// with it.
+    fn confine(&mut self, config: &Validated) -> Result<(), VmError> {
+        if !self.sandbox.landlock {
+            return Ok(());
+        }
+        let mut needs = sandbox::of_config(config, self.sandbox.served);
+        let rules = self.sandbox.rules.iter().chain(&config.landlock_rules);
+        needs.extend(rules.map(sandbox::of_rule));
+        if let Some(paths) = &self.paths {
+            return Ok(paths.admit(&needs)?);
+        }
+        let paths = Paths::restrict(&needs)?;
+        if !paths.enforced() {
+            log::info!("{}", sandbox::WITHOUT_LANDLOCK);
+        }
+        self.paths = Some(paths);
         Ok(())
     }
 
@@ -315,6 +365,11 @@ impl Session {
             )
             .field("iommu")
             .remedy("leave iommu out, or boot the VM with a vIOMMU (viommus, --viommu)"));
+        }
+        if let Some(paths) = &self.paths {
+            paths
+                .admit(&sandbox::of_device(&device))
+                .map_err(|why| refused_by_sandbox(&why))?;
         }
         let operation = device.request();
         let id = device.id().to_owned();
@@ -525,11 +580,16 @@ fn wrong_state(state: VmState, needed: &str, remedy: &str) -> ApiError {
     .remedy(remedy)
 }
 
+fn refused_by_sandbox(why: &Refusal) -> ApiError {
+    ApiError::from_error(Code::SandboxRefused, why).field("path")
+}
+
 /// Why a VM was not built, for a client.
 fn refused(why: &VmError) -> ApiError {
     let code = match why {
         VmError::Failed(_) => Code::Internal,
         VmError::Acpi(_) => Code::InvalidConfig,
+        VmError::Refused(_) => Code::SandboxRefused,
         _ => Code::HostRefused,
     };
     ApiError::from_error(code, why)

@@ -245,9 +245,7 @@ impl Reader {
             epoll.ctl(ControlOperation::Add, fd, event)?;
         }
         let stop_fd = stop.as_raw_fd() as u64;
-        let thread = std::thread::Builder::new()
-            .name("page-requests".into())
-            .spawn(move || {
+        let thread = crate::thread::spawn("page-requests", move || {
                 let mut events = [EpollEvent::default(); 2];
                 loop {
                     let ready = match epoll.wait(-1, &mut events) {

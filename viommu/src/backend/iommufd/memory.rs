@@ -201,7 +201,12 @@ pub fn prefault(ram: &GuestRam, threads: usize) -> io::Result<()> {
     };
     std::thread::scope(|scope| {
         let helpers = (1..threads.min(chunks.len()))
-            .map(|_| scope.spawn(work))
+            .map(|_| {
+                scope.spawn(|| {
+                    crate::thread::begin("prefault");
+                    work()
+                })
+            })
             .collect::<Vec<_>>();
         let mine = work();
         helpers.into_iter().fold(mine, |result, helper| {
