@@ -27,9 +27,7 @@ impl Inspector {
     pub(super) fn start(landlock: bool) -> io::Result<Self> {
         let (sender, questions) = sync_channel::<Question>(QUEUE);
         viommu::thread::spawn("inspector", move || {
-            if landlock {
-                sandbox::confine_thread(&sandbox::of_inspector());
-            }
+            let _paths = landlock.then(|| sandbox::confine_thread(&sandbox::of_inspector()));
             for question in questions {
                 question();
             }

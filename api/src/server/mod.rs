@@ -96,9 +96,7 @@ impl Server {
         let socket = services.listener.as_ref().and_then(Listener::path);
         let needs = sandbox::of_api(socket);
         let thread = viommu::thread::spawn("api", move || {
-            if landlock {
-                sandbox::confine_thread(&needs);
-            }
+            let _paths = landlock.then(|| sandbox::confine_thread(&needs));
             LocalSet::new().block_on(&runtime, serve(services, api));
         })?;
         Ok(Self {

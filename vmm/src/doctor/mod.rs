@@ -28,6 +28,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::sandbox::{self, Support};
+
 pub use devices::{Member, PciDevice, Reserved};
 pub use iommus::{Iommu, Model};
 
@@ -100,6 +102,8 @@ pub struct Report {
     pub iommufd: Finding,
     /// Guest memory can be pinned.
     pub locked_memory: Finding,
+    /// The kernel can confine the paths that nestling opens (landlock).
+    pub landlock: Finding,
     /// The host's IOMMUs.
     pub iommus: Vec<Iommu>,
     /// The PCI functions that could be passed through (no bridges).
@@ -136,6 +140,13 @@ impl Report {
             ),
             iommufd: host.iommufd,
             locked_memory: locked_memory(&roots.proc),
+            landlock: match sandbox::support() {
+                Support::None => Finding::no(
+                    "nestling may open whatever its user may",
+                    "boot the host with landlock in lsm= (a kernel with CONFIG_SECURITY_LANDLOCK)",
+                ),
+                version => Finding::yes(version.to_string()),
+            },
             iommus,
             devices,
         }

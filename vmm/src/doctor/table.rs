@@ -9,6 +9,7 @@ impl fmt::Display for Report {
         line(f, "", "KVM", &self.kvm)?;
         line(f, "", "iommufd", &self.iommufd)?;
         line(f, "", "locked memory", &self.locked_memory)?;
+        line(f, "", "landlock", &self.landlock)?;
         writeln!(f)?;
         if self.iommus.is_empty() {
             writeln!(

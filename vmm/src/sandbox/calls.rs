@@ -19,7 +19,7 @@ use libc::{
     SYS_getuid, SYS_ioctl, SYS_landlock_add_rule, SYS_landlock_create_ruleset,
     SYS_landlock_restrict_self, SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_memfd_create,
     SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_open,
-    SYS_openat, SYS_pipe2, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_prlimit64,
+    SYS_openat, SYS_pipe2, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv,
     SYS_pwrite64, SYS_pwritev, SYS_read, SYS_readlink, SYS_readlinkat, SYS_readv, SYS_recvfrom,
     SYS_recvmsg, SYS_restart_syscall, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask,
     SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto,
@@ -387,8 +387,6 @@ fn main(calls: &mut Calls) {
         SYS_unlinkat,
     ]);
     calls.only(SYS_socket, 0, &[libc::AF_UNIX as u32]);
-    // It asks for limits, and sets none.
-    calls.only(SYS_prlimit64, 2, &[0]);
     // All of KVM, of VFIO and iommufd.
     calls.when(SYS_ioctl, 1, 0xff00, KVM << 8);
     calls.when(SYS_ioctl, 1, 0xff00, VFIO << 8);

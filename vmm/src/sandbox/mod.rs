@@ -172,11 +172,12 @@ fn enter_by_name(name: &str) {
 }
 
 /// Confines the paths of this thread, which has a task of its own.
-pub fn confine_thread(needs: &[Need]) {
-    if let Err(why) = Paths::restrict(needs) {
+#[must_use]
+pub fn confine_thread(needs: &[Need]) -> Paths {
+    Paths::restrict(needs).unwrap_or_else(|why| {
         eprintln!("nestling: a thread cannot be confined: {why}");
         std::process::exit(crate::outcome::STATUS_ERROR.into());
-    }
+    })
 }
 
 /// A backtrace opens files, which most threads may not: the message must be seen before that.

@@ -29,11 +29,14 @@ pub struct Refusal {
     pub remedy: String,
 }
 
-/// What may be opened, as it was fixed once.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// What may be opened, as it was fixed once. Keep it for as long as it is to be so.
+#[derive(Debug)]
 pub struct Paths {
     allowed: Vec<(PathBuf, Use)>,
     enforced: bool,
+    /// A rule is about an inode. Some file systems (9p) make a new one for each look-up, unless
+    /// somebody has the file open.
+    _kept: Vec<PathFd>,
 }
 
 impl Paths {
@@ -47,16 +50,19 @@ impl Paths {
             .handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp)?
             .scope(Scope::AbstractUnixSocket)?
             .create()?;
-        let mut allowed = Vec::new();
+        let (mut allowed, mut kept) = (Vec::new(), Vec::new());
         for need in needs {
             // Something else reports what is not there, in its own words.
             let Ok(fd) = PathFd::new(&need.path) else {
                 continue;
             };
             let file = !need.path.is_dir();
-            let rule = PathBeneath::new(fd, rights(need.access, file));
+            let rule = PathBeneath::new(&fd, rights(need.access, file));
             match (&mut rules).add_rule(rule) {
-                Ok(_) => allowed.push((whole(&need.path), need.access)),
+                Ok(_) => {
+                    allowed.push((whole(&need.path), need.access));
+                    kept.push(fd);
+                }
                 // A pipe at standard output: nothing confines that.
                 Err(why) if !need.named => {
                     log::debug!("no rule for {}: {why}", need.path.display());
@@ -67,7 +73,11 @@ impl Paths {
         let status = rules.restrict_self()?;
         let enforced = status.ruleset != RulesetStatus::NotEnforced;
         log::debug!("landlock: {status:?}");
-        Ok(Self { allowed, enforced })
+        Ok(Self {
+            allowed,
+            enforced,
+            _kept: kept,
+        })
     }
 
     /// Whether the kernel does it.
