@@ -57,6 +57,10 @@ pub const STATUSES: &[(&str, &str)] = &[
         "128+N",
         "signal N ended nestling; Ctrl-A x counts as SIGINT",
     ),
+    (
+        "159",
+        "the sandbox killed nestling (SIGSYS, --seccomp): please report it",
+    ),
     ("any", "the guest's choice with --platform debug_exit=on"),
 ];
 

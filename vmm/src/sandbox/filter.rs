@@ -33,6 +33,9 @@ pub enum SandboxError {
 pub(super) struct Filters {
     /// For all threads, beside their own: see [`Filters::begin`].
     no_clone3: BpfProgram,
+    /// For roles that open no files, beside their own: opening one fails. It does not kill, since C
+    /// libraries look at /sys when they please, and live without it.
+    no_files: BpfProgram,
     roles: Vec<BpfProgram>,
 }
 
@@ -43,14 +46,13 @@ impl Filters {
             _ => SeccompAction::KillProcess,
         };
         let program = |role: &Role| compile(&calls::of(*role), &forbidden, &SeccompAction::Allow);
-        let mut clone3 = Calls::default();
-        clone3.always(&[libc::SYS_clone3]);
+        let failing = |calls: &Calls, error: libc::c_int| {
+            let fails = SeccompAction::Errno(error as u32);
+            compile(calls, &SeccompAction::Allow, &fails)
+        };
         Ok(Self {
-            no_clone3: compile(
-                &clone3,
-                &SeccompAction::Allow,
-                &SeccompAction::Errno(libc::ENOSYS as u32),
-            )?,
+            no_clone3: failing(&calls::clone3(), libc::ENOSYS)?,
+            no_files: failing(&calls::opening(), libc::EACCES)?,
             roles: Role::ALL.iter().map(program).collect::<Result<_, _>>()?,
         })
     }
@@ -62,6 +64,9 @@ impl Filters {
     }
 
     pub(super) fn install(&self, role: Role) -> Result<(), SandboxError> {
+        if !role.opens_files() {
+            apply(&self.no_files)?;
+        }
         self.roles.get(role as usize).map_or(Ok(()), apply)
     }
 }

@@ -107,6 +107,11 @@ impl Role {
         Self::Watchdog,
     ];
 
+    /// Whether it can open files at all.
+    fn opens_files(self) -> bool {
+        matches!(self, Self::Main | Self::Inspector)
+    }
+
     /// By the name of the thread.
     pub fn of_thread(name: &str) -> Option<Self> {
         Some(match name {

@@ -143,6 +143,9 @@ impl Guest {
     pub fn api(mut self, lab: &Lab) -> Self {
         let socket = lab.file("api");
         self = self.option("--api-socket", &format!("path={}", socket.display()));
+        // Disks that come later are there.
+        let images = lab.file(".");
+        self = self.option("--landlock-rules", &format!("path={}", images.display()));
         self.api = Some(socket);
         self
     }
