@@ -20,7 +20,8 @@ const EVENT_MONITOR: &str = "event-monitor";
 /// The subcommand with its whole help.
 pub(crate) fn command() -> Command {
     let spread = SECTIONS.iter().filter(|section| section.spread);
-    let spread = spread.flat_map(|section| section.group.fields.iter().map(|f| field_arg(section, f)));
+    let spread =
+        spread.flat_map(|section| section.group.fields.iter().map(|f| field_arg(section, f)));
     let sections = SECTIONS.iter().filter(|section| !section.spread);
     let sections = sections.map(section_arg);
     Command::new("run")

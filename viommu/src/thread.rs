@@ -54,11 +54,16 @@ mod tests {
     fn a_thread_does_first_what_its_embedder_wants() {
         static BEGUN: Mutex<Vec<String>> = Mutex::new(Vec::new());
         before_each(|name| {
-            let mut begun = BEGUN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut begun = BEGUN
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
             begun.push(name.to_owned());
         });
         let begun = spawn("one of a long name", || BEGUN.lock().unwrap().clone());
         let begun = begun.unwrap().join().unwrap();
-        assert!(begun.iter().any(|name| name == "oneofalongname"), "{begun:?}");
+        assert!(
+            begun.iter().any(|name| name == "oneofalongname"),
+            "{begun:?}"
+        );
     }
 }

@@ -40,19 +40,19 @@ impl Line {
         epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
         let (raised, stopped) = (event.clone(), stop.clone());
         let thread = viommu::thread::spawn("interrupt-line", move || {
-                let mut events = [EpollEvent::default()];
-                while !stopped.load(Ordering::Acquire) {
-                    match epoll.wait(-1, &mut events) {
-                        Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                            return log::error!("an interrupt line ends: {error}");
-                        }
-                        _ => {}
+            let mut events = [EpollEvent::default()];
+            while !stopped.load(Ordering::Acquire) {
+                match epoll.wait(-1, &mut events) {
+                    Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                        return log::error!("an interrupt line ends: {error}");
                     }
-                    if raised.read().is_ok() {
-                        hold(&*hardware, &*line, &stopped);
-                    }
+                    _ => {}
                 }
-            })?;
+                if raised.read().is_ok() {
+                    hold(&*hardware, &*line, &stopped);
+                }
+            }
+        })?;
         Ok(Self {
             event,
             stop,

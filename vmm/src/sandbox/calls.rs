@@ -9,23 +9,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use libc::{
-    SYS_accept4, SYS_access, SYS_bind, SYS_brk, SYS_clock_getres,
-    SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_close, SYS_dup,
-    SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_epoll_wait,
-    SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_faccessat, SYS_faccessat2, SYS_fallocate,
-    SYS_fcntl, SYS_fdatasync, SYS_flock, SYS_fstat, SYS_fstatfs, SYS_fsync, SYS_ftruncate,
-    SYS_futex, SYS_getcwd, SYS_getdents64, SYS_getegid, SYS_geteuid, SYS_getgid, SYS_getpeername,
-    SYS_getpid, SYS_getrandom, SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_gettimeofday,
-    SYS_getuid, SYS_ioctl, SYS_landlock_add_rule, SYS_landlock_create_ruleset,
-    SYS_landlock_restrict_self, SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_memfd_create,
-    SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_open,
-    SYS_openat, SYS_pipe2, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv,
-    SYS_pwrite64, SYS_pwritev, SYS_read, SYS_readlink, SYS_readlinkat, SYS_readv, SYS_recvfrom,
-    SYS_recvmsg, SYS_restart_syscall, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask,
-    SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto,
-    SYS_set_robust_list, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_stat,
-    SYS_statfs, SYS_statx, SYS_sysinfo, SYS_tgkill, SYS_time, SYS_timerfd_create,
-    SYS_timerfd_settime, SYS_uname, SYS_unlink, SYS_unlinkat, SYS_write, SYS_writev,
+    SYS_accept4, SYS_access, SYS_bind, SYS_brk, SYS_clock_getres, SYS_clock_gettime,
+    SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_close, SYS_dup, SYS_epoll_create1,
+    SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_epoll_wait, SYS_eventfd2, SYS_exit,
+    SYS_exit_group, SYS_faccessat, SYS_faccessat2, SYS_fallocate, SYS_fcntl, SYS_fdatasync,
+    SYS_flock, SYS_fstat, SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getcwd,
+    SYS_getdents64, SYS_getegid, SYS_geteuid, SYS_getgid, SYS_getpeername, SYS_getpid,
+    SYS_getrandom, SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_gettimeofday, SYS_getuid,
+    SYS_ioctl, SYS_landlock_add_rule, SYS_landlock_create_ruleset, SYS_landlock_restrict_self,
+    SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_memfd_create, SYS_mmap, SYS_mprotect,
+    SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_open, SYS_openat, SYS_pipe2,
+    SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev, SYS_read,
+    SYS_readlink, SYS_readlinkat, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall,
+    SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity,
+    SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setsockopt,
+    SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_stat, SYS_statfs, SYS_statx, SYS_sysinfo,
+    SYS_tgkill, SYS_time, SYS_timerfd_create, SYS_timerfd_settime, SYS_uname, SYS_unlink,
+    SYS_unlinkat, SYS_write, SYS_writev,
 };
 
 use super::Role;
@@ -518,5 +518,11 @@ const FIONBIO: u32 = 0x5421;
 const SIOCGIFINDEX: u32 = 0x8933;
 /// TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ, and the second generation of the first two.
 const TERMINAL: &[u32] = &[
-    0x5401, 0x5402, 0x5403, 0x5404, 0x5413, 0x802c_542a, 0x402c_542b,
+    0x5401,
+    0x5402,
+    0x5403,
+    0x5404,
+    0x5413,
+    0x802c_542a,
+    0x402c_542b,
 ];

@@ -4,9 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::config::{
-    ConsoleMode, LandlockAccess, LandlockConfig, Reserve, SerialMode, VmConfig,
-};
+use crate::config::{ConsoleMode, LandlockAccess, LandlockConfig, Reserve, SerialMode, VmConfig};
 use crate::control::NewDevice;
 
 /// What may be done below a path.
@@ -115,8 +113,7 @@ pub fn of_config(config: &VmConfig, served: bool) -> Vec<Need> {
     if served || !config.net.is_empty() {
         needs.push(Need::common("net", TUN, Access::Device));
     }
-    if served || !config.devices.is_empty() || config.platform.reserve == Reserve::Host
-    {
+    if served || !config.devices.is_empty() || config.platform.reserve == Reserve::Host {
         let all = PASSTHROUGH.iter();
         needs.extend(all.map(|(path, access)| Need::common("device", path, *access)));
     }

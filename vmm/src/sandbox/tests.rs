@@ -147,7 +147,10 @@ fn each_kind_of_thread_is_killed_for_what_it_never_does() {
     for (index, role, attempt) in pairs {
         let output = child(test, &format!("{index}/{attempt}"));
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(said.contains("in the sandbox"), "{role:?} {attempt}: {said}");
+        assert!(
+            said.contains("in the sandbox"),
+            "{role:?} {attempt}: {said}"
+        );
         let killed = output.status.signal() == Some(libc::SIGSYS);
         assert_eq!(killed, !may(role, attempt), "{role:?} {attempt}: {said}");
         if attempt == "open" {
@@ -209,7 +212,16 @@ fn whoever_starts_a_thread_may_do_all_that_it_may() {
         }
     };
     use Role::*;
-    for worker in [Block, Net, Rng, Console, TestEngine, Line, PageRequests, BlockedIrqs] {
+    for worker in [
+        Block,
+        Net,
+        Rng,
+        Console,
+        TestEngine,
+        Line,
+        PageRequests,
+        BlockedIrqs,
+    ] {
         contains(&calls::of(Vcpu), &calls::of(worker));
     }
     for (role, _) in Role::ALL.iter().zip(0..) {
@@ -222,8 +234,18 @@ fn whoever_starts_a_thread_may_do_all_that_it_may() {
 #[test]
 fn every_thread_of_nestling_has_a_role_and_another_has_none() {
     for name in [
-        "vcpu0", "virtio-blk", "virtio-net", "virtio-rng", "virtio-console", "dma-test-engine",
-        "interrupt-line", "page-requests", "blocked-irqs", "prefault", "api", "inspector",
+        "vcpu0",
+        "virtio-blk",
+        "virtio-net",
+        "virtio-rng",
+        "virtio-console",
+        "dma-test-engine",
+        "interrupt-line",
+        "page-requests",
+        "blocked-irqs",
+        "prefault",
+        "api",
+        "inspector",
         "watchdog",
     ] {
         assert!(Role::of_thread(name).is_some(), "{name}");
@@ -289,7 +311,10 @@ fn only_what_the_configuration_names_can_be_opened() {
     let needs = of_config(&config(dir.as_path()), false);
     confined(&needs, |_| {
         let open = |name: &str, write: bool| {
-            let file = std::fs::File::options().read(!write).write(write).open(at(name));
+            let file = std::fs::File::options()
+                .read(!write)
+                .write(write)
+                .open(at(name));
             file.map(drop).map_err(|why| why.kind())
         };
         let denied = Err(std::io::ErrorKind::PermissionDenied);
@@ -307,7 +332,12 @@ fn only_what_the_configuration_names_can_be_opened() {
         assert!(std::os::unix::net::UnixListener::bind(at("made/s")).is_err());
         assert!(std::fs::read("/etc/passwd").is_err());
         assert!(std::fs::read_dir("/").is_err());
-        assert!(std::fs::File::options().write(true).open("/dev/null").is_err());
+        assert!(
+            std::fs::File::options()
+                .write(true)
+                .open("/dev/null")
+                .is_err()
+        );
         // No rule names /dev/net/tun: no card was configured, and none can come.
         let needs_tun = |need: &Need| need.path == Path::new("/dev/net/tun");
         assert!(!needs.iter().any(needs_tun));
@@ -323,7 +353,11 @@ fn a_disk_that_comes_later_needs_a_rule_and_the_error_says_which() {
         let refused = paths.admit(&of_device(&disk(&later, false))).unwrap_err();
         let rule = format!(
             "--landlock-rules path={},access=rw",
-            dir.as_path().join("images").canonicalize().unwrap().display()
+            dir.as_path()
+                .join("images")
+                .canonicalize()
+                .unwrap()
+                .display()
         );
         assert!(refused.to_string().contains(&rule), "{refused}");
         // What is not there is told by who looks for it.

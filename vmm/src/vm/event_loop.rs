@@ -419,3 +419,49 @@ impl MutEventSubscriber for Keyboard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    const TRY: &str = "NESTLING_WATCHDOG_TRY";
+    const NAME: &str =
+        "vm::event_loop::tests::a_signal_ends_nestling_also_when_nobody_takes_it_and_others_do_not";
+
+    /// What a signalfd gives for these signals.
+    fn arrived(numbers: &[u8]) -> File {
+        let (read, mut write) = io::pipe().unwrap();
+        for number in numbers {
+            let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+            info[0] = *number;
+            write.write_all(&info).unwrap();
+        }
+        OwnedFd::from(read).into()
+    }
+
+    #[test]
+    fn a_signal_ends_nestling_also_when_nobody_takes_it_and_others_do_not() {
+        let (read, write) = io::pipe().unwrap();
+        let mut write = File::from(OwnedFd::from(write));
+        if std::env::var_os(TRY).is_some() {
+            watch(arrived(&[10, 15]), &mut write, Duration::from_millis(50));
+            return;
+        }
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args([NAME, "--exact", "--nocapture"])
+            .env(TRY, "1")
+            .output()
+            .unwrap();
+        assert_eq!(child.status.code(), Some(143), "{child:?}");
+        // SIGUSR1 and SIGPWR are handed on, and nothing waits for them.
+        watch(arrived(&[10, 30]), &mut write, Duration::from_secs(3600));
+        drop(write);
+        let mut numbers = Vec::new();
+        File::from(OwnedFd::from(read))
+            .read_to_end(&mut numbers)
+            .unwrap();
+        assert_eq!(numbers, [10, 30]);
+    }
+}

@@ -246,21 +246,21 @@ impl Reader {
         }
         let stop_fd = stop.as_raw_fd() as u64;
         let thread = crate::thread::spawn("page-requests", move || {
-                let mut events = [EpollEvent::default(); 2];
-                loop {
-                    let ready = match epoll.wait(-1, &mut events) {
-                        Ok(ready) => ready,
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                        Err(error) => return log::error!("page requests end: {error}"),
-                    };
-                    if events[..ready].iter().any(|event| event.data() == stop_fd) {
-                        return;
-                    }
-                    if let Err(error) = faults.drain() {
-                        return log::error!("page requests end: {error}");
-                    }
+            let mut events = [EpollEvent::default(); 2];
+            loop {
+                let ready = match epoll.wait(-1, &mut events) {
+                    Ok(ready) => ready,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) => return log::error!("page requests end: {error}"),
+                };
+                if events[..ready].iter().any(|event| event.data() == stop_fd) {
+                    return;
                 }
-            })?;
+                if let Err(error) = faults.drain() {
+                    return log::error!("page requests end: {error}");
+                }
+            }
+        })?;
         Ok(Self {
             stop,
             thread: Some(thread),
