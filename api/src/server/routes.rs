@@ -190,7 +190,7 @@ async fn vmm_shutdown(State(api): Shared) -> Answer<StatusCode> {
 #[utoipa::path(
     put, path = "/vm.create", tag = "vm",
     request_body = VmConfig,
-    responses((status = 204, description = "It is created."), (status = 409, body = ApiError, description = "There is a VM."), WithBody, Always)
+    responses((status = 204, description = "It is created."), (status = 409, body = ApiError, description = "There is a VM."), Making, WithBody, Always)
 )]
 async fn create(State(api): Shared, body: Document) -> Answer<StatusCode> {
     api.do_it(Request::Create(Box::new(body.vm()?))).await

@@ -238,7 +238,7 @@ impl Session {
         };
         Err(ApiError::new(
             Code::SandboxRefused,
-            format!("sandbox.{field} was fixed when nestling was started, otherwise"),
+            format!("sandbox.{field} was chosen otherwise when nestling was started, and stays so"),
         )
         .field(format!("sandbox.{field}"))
         .remedy(format!("leave it out, or start nestling with --{field}")))
