@@ -287,6 +287,8 @@ fn every() -> Calls {
     for number in [SYS_mmap, SYS_mprotect] {
         calls.when(number, 2, libc::PROT_EXEC as u32, 0);
     }
+    // Builds with assertions look whether a descriptor is open before they close it.
+    calls.only(SYS_fcntl, 1, &[libc::F_GETFD as u32]);
     // Signals to threads of this process: an abort, a kick.
     calls.only(SYS_tgkill, 0, &[std::process::id()]);
     // The C library names what it maps.
