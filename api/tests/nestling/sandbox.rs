@@ -24,21 +24,19 @@ fn a_disk_comes_later_from_where_a_rule_allows_and_from_nowhere_else() {
         return;
     }
     let scratch = Scratch::new("rules");
-    let images = scratch.at("images");
-    fs::create_dir_all(&images).unwrap();
-    fs::write(images.join("later"), vec![0; 1 << 20]).unwrap();
-    let rule = format!("path={}", images.display());
-    let served = Served::start_with("rules-api", &["--landlock-rules", &rule]);
-    fs::write(served.scratch.at("outside"), vec![0; 1 << 20]).unwrap();
+    fs::write(scratch.at("outside"), vec![0; 1 << 20]).unwrap();
+    // With a rule for its own directory.
+    let served = Served::start("rules-api");
+    fs::write(served.scratch.at("later"), vec![0; 1 << 20]).unwrap();
     assert_eq!(served.put("vm.create", &served.config()).0, 204);
     assert_eq!(served.put("vm.boot", &Value::Null).0, 204);
 
-    let outside = json!({ "path": served.scratch.at("outside") });
+    let outside = json!({ "path": scratch.at("outside") });
     let (status, error) = served.put("vm.add-disk", &outside);
     assert_eq!((status, &error["code"]), (422, &json!("sandbox-refused")));
     let remedy = error["remedy"].as_str().unwrap();
     assert!(remedy.contains("--landlock-rules path="), "{remedy}");
-    let later = json!({ "path": images.join("later"), "id": "later" });
+    let later = json!({ "path": served.scratch.at("later"), "id": "later" });
     assert_eq!(served.put("vm.add-disk", &later).0, 200);
     // A reboot finds it, too.
     assert_eq!(served.put("vm.reboot", &Value::Null).0, 204);
@@ -48,7 +46,7 @@ fn a_disk_comes_later_from_where_a_rule_allows_and_from_nowhere_else() {
     // Another VM has to do with what the first one could open.
     assert_eq!(served.put("vm.delete", &Value::Null).0, 204);
     let mut other = served.config();
-    other["disks"][0]["path"] = json!(served.scratch.at("outside"));
+    other["disks"][0]["path"] = json!(scratch.at("outside"));
     assert_eq!(served.put("vm.create", &other).0, 204);
     let (status, error) = served.put("vm.boot", &Value::Null);
     assert_eq!((status, &error["code"]), (422, &json!("sandbox-refused")));

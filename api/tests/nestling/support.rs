@@ -208,6 +208,9 @@ impl Served {
         command
             .args(["run", "--api-socket"])
             .arg(format!("path={}", scratch.at("s").display()))
+            // Disks that come later are there.
+            .arg("--landlock-rules")
+            .arg(format!("path={}", scratch.path().display()))
             .args(options)
             .current_dir(scratch.path());
         let running = Running::start(&mut command);
