@@ -6,10 +6,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::engine::address;
 use crate::harness::bound::Bound;
 use crate::harness::{Guest, Lab, Machine, Test, tap::Tap};
 use crate::net::exchange;
 use crate::passthrough::{NVME, drive_keeps, rebind};
+use crate::vtd::{disk_keeps, groups_are};
 
 /// The tests.
 pub const TESTS: &[Test] = &[
@@ -35,6 +37,11 @@ pub const TESTS: &[Test] = &[
     Test::new("an_nvme_drive_sends_them_behind_remapping", nvme)
         .profile("vtd")
         .limit(400),
+    Test::new(
+        "a_mapped_doorbell_is_reached_in_an_identity_domain_and_else_a_fault",
+        mapped_doorbell,
+    )
+    .on_request(),
 ];
 
 const HOST: &str = "192.168.81.1";
@@ -270,6 +277,56 @@ fn nvme(lab: &Lab) -> Result<()> {
     ensure!(
         unit["interrupt_remapping"]["blocked"] == 0 && unit["faults_recorded"] == 0,
         "interrupts were blocked: {unit:#}"
+    );
+    guest.power_off()?;
+    Ok(())
+}
+
+/// A stock kernel maps the doorbell where everything is mapped to itself, and nowhere else.
+fn mapped_doorbell(lab: &Lab) -> Result<()> {
+    let image = lab.image("disk", 32)?;
+    let mut guest = Guest::debian("6.12")
+        .cpus(2)
+        .cmdline("agent.modprobe=virtio_iommu iommu.passthrough=1")
+        .option("--viommu", "type=virtio,msi=mapped")
+        .option("--disk", &format!("path={},iommu=on", image.display()))
+        .option("--test-device", "iommu=on")
+        .boot(lab)?;
+    groups_are(&mut guest, "identity")?;
+    let came =
+        |guest: &mut Machine| -> Result<u64> { Ok(per_cpu(guest, "virtio[01]-")?.iter().sum()) };
+    let before = came(&mut guest)?;
+    disk_keeps(&mut guest, &image)?;
+    let after = came(&mut guest)?;
+    ensure!(after > before, "the disk's interrupts do not arrive");
+
+    // VFIO's domain has what is mapped there, and no doorbell.
+    guest.run("modprobe vfio_iommu_type1 allow_unsafe_interrupts=1 && modprobe vfio_pci")?;
+    guest.run("dmesg -c > /tmp/boot.log")?;
+    let at = address(&mut guest)?;
+    let lost = guest.try_run(SLOW, &format!("dma-engine interrupts {at} 1"))?;
+    ensure!(
+        lost.status != 0 && lost.stderr.contains("interrupts: [0, 0,"),
+        "interrupts without a way: {lost:?}"
+    );
+    let unit = &guest.viommus()?[0];
+    let missed = &unit["faults"]["missed_doorbell"];
+    ensure!(
+        missed["doorbell"] == 0xfee0_0000_u64,
+        "the unit does not name the doorbell: {unit:#}"
+    );
+    let log = guest.run("sleep 2; dmesg -c")?;
+    ensure!(
+        log.lines()
+            .any(|line| line.contains("fault from EP") && line.contains("at 0xfee0")),
+        "the guest's kernel logs no fault at the doorbell: {log}"
+    );
+
+    // The other device's never stopped.
+    disk_keeps(&mut guest, &image)?;
+    ensure!(
+        came(&mut guest)? > after,
+        "the disk's interrupts do not arrive any more"
     );
     guest.power_off()?;
     Ok(())
