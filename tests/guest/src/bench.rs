@@ -11,6 +11,7 @@ use agent::Client;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::harness::{Lab, Test, payload, process, show};
+use crate::plugging;
 
 /// The tests.
 pub const TESTS: &[Test] = &[
@@ -19,6 +20,13 @@ pub const TESTS: &[Test] = &[
         .tiny()
         .on_request(),
     Test::new("boot", boot).limit(900).on_request(),
+    Test::new("hotplug_of_the_vmm_alone", plugging::our_part)
+        .limit(120)
+        .tiny()
+        .on_request(),
+    Test::new("hotplug", plugging::both_parts)
+        .limit(400)
+        .on_request(),
     Test::new("map", crate::mapping::bench)
         .limit(900)
         .on_request(),

@@ -301,6 +301,15 @@ fn come_and_go(lab: &Lab, guest: Guest, viommu: Option<&str>) -> Result<()> {
 
     let at = vm.add("disk", disk(&first, "first"))?;
     begins_with(&first, 4, &disk_keeps(&mut vm.guest, &at, 4)?)?;
+    let counted = vm.api.get("vm.counters")?;
+    for counter in ["read_bytes", "write_bytes"] {
+        let bytes = counted["first"][counter].as_u64().unwrap_or(0);
+        ensure!(
+            bytes >= 4 << 20,
+            "4 MiB were moved; {counter} is {bytes}: {counted:#}"
+        );
+    }
+    clients_at_once(&vm, &second, &tap)?;
     // The others come and go while the first one works.
     let name = block(&mut vm.guest, &at)?;
     vm.guest.run(&format!(
@@ -350,6 +359,44 @@ fn come_and_go(lab: &Lab, guest: Guest, viommu: Option<&str>) -> Result<()> {
         .run("touch /tmp/stop; sleep 1; dmesg -c > /dev/null")?;
     vm.nothing_is_left()?;
     vm.guest.power_off()?;
+    Ok(())
+}
+
+/// Two clients, each with a device that comes and goes, while a third one looks.
+fn clients_at_once(vm: &Plugging, image: &Path, tap: &Tap) -> Result<()> {
+    let tree = || -> Result<Value> { Ok(vm.api.get("vm.info")?["device_tree"].clone()) };
+    let before = tree()?;
+    let disk = vm.placed(json!({"path": image.display().to_string(), "id": "one"}));
+    let card = vm.placed(json!({"tap": tap.name(), "id": "two"}));
+    let come_and_go = |request: &str, config: &Value| -> Result<()> {
+        for _ in 0..4 {
+            let added = vm.api.put(request, config)?;
+            let shown = tree()?[added["id"].as_str().context("no id")?]["pci_bdf"].clone();
+            ensure!(
+                shown == added["bdf"],
+                "{added} was added, and is at {shown}"
+            );
+            vm.api
+                .put("vm.remove-device", &json!({"id": added["id"]}))?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let clients = [
+            scope.spawn(|| come_and_go("vm.add-disk", &disk)),
+            scope.spawn(|| come_and_go("vm.add-net", &card)),
+        ];
+        let results = clients.map(|client| client.join());
+        results.into_iter().try_for_each(|result| match result {
+            Ok(result) => result,
+            Err(_) => bail!("a client panicked"),
+        })
+    })?;
+    let after = tree()?;
+    ensure!(
+        after == before,
+        "there was {before:#}, now there is {after:#}"
+    );
     Ok(())
 }
 
@@ -558,6 +605,13 @@ fn nvme(lab: &Lab, count: u32) -> Result<()> {
         for _ in 0..count {
             let at = vm.add("device", json!({"path": path, "id": "drive"}))?;
             disk_keeps(&mut vm.guest, &at, 2)?;
+            if viommu.is_some() {
+                let state = vm.api.get(&format!("vm.viommu?endpoint={at}"))?;
+                let unit = &state["viommus"][0];
+                let hwpts = [&unit["targets"][0]["hwpt"], &unit["endpoints"][0]["hwpt"]];
+                let told = hwpts.iter().any(|hwpt| hwpt.is_u64());
+                ensure!(told, "no HWPT translates for the drive: {state:#}");
+            }
             let twice = json!({"path": path});
             let twice = vm.api.ask("PUT", "vm.add-device", &vm.placed(twice))?;
             refused(&twice, 409, "device-in-use")?;

@@ -19,6 +19,7 @@ pub mod nested;
 pub mod net;
 pub mod passthrough;
 pub mod pci;
+mod plugging;
 pub mod refuse;
 pub mod soak;
 pub mod virtio_iommu;
