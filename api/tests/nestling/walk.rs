@@ -47,13 +47,13 @@ fn the_readmes_walk_through_the_api_goes_as_it_is_written() {
     assert!(output.status.success(), "{said}\n{complained}");
     assert_eq!(complained, "");
     for (words, count) in [
-        // The answer of curl, the table, and the events of the second half.
+        // The answer of curl, the tables, and the events of both halves.
         (r#"{"id":"data","bdf":"0000:00:"#, 1),
         ("data at 0000:00:", 1),
         ("unit (vtd, scalable", 2),
-        ("device-added", 1),
-        ("device-removed", 1),
-        ("shutdown", 1),
+        ("device-added", 2),
+        ("device-removed", 2),
+        ("shutdown  reason=request", 2),
     ] {
         assert_eq!(said.matches(words).count(), count, "{words} in\n{said}");
     }
