@@ -125,6 +125,7 @@ fn viommus(answer: &Value) -> String {
                 "DOMAIN",
                 "TRANSLATION",
                 "IN FORCE",
+                "HWPT",
                 "PROBLEM",
             ];
             rows = items(&viommu["targets"])
@@ -135,13 +136,14 @@ fn viommus(answer: &Value) -> String {
                         word(&target["domain"]),
                         word(&target["translation"]["kind"]),
                         word(&target["in_force"]),
+                        word(&target["hwpt"]),
                         word(&target["problem"]),
                     ]
                 })
                 .collect();
         } else {
             let _ = writeln!(text, ", bypass {})", word(&viommu["bypass"]));
-            head = &["ENDPOINT", "DOMAIN", "MAPPINGS", "BYTES", "REFUSED"];
+            head = &["ENDPOINT", "DOMAIN", "MAPPINGS", "BYTES", "HWPT", "REFUSED"];
             rows = items(&viommu["endpoints"])
                 .map(|endpoint| {
                     let domain = items(&viommu["domains"])
@@ -152,6 +154,7 @@ fn viommus(answer: &Value) -> String {
                         word(&endpoint["domain"]),
                         of_domain("mappings"),
                         of_domain("mapped_bytes"),
+                        word(&endpoint["hwpt"]),
                         word(&endpoint["refused"]),
                     ]
                 })
@@ -231,6 +234,30 @@ mod tests {
              vm.add-device: bind, for 7 ms\n\n\
              ID  BDF           KIND  VIOMMU\n\
              d   0000:00:05.0  disk  viommu0  removable\n"
+        );
+    }
+
+    #[test]
+    fn a_viommu_is_a_line_and_a_row_for_each_endpoint() {
+        let answer = json!({ "viommus": [
+            { "type": "vtd", "id": "u", "mode": "scalable", "address_width": 48, "pasid_bits": 20,
+              "live_targets": 1, "faults_recorded": 0, "targets": [{
+                "target": { "endpoint": "00:05.0", "pasid": 7 }, "domain": 2,
+                "translation": { "kind": "stage1" }, "in_force": true, "hwpt": 9,
+                "problem": null,
+            }] },
+            { "type": "virtio", "id": "v", "bypass": false,
+              "domains": [{ "domain": 1, "mappings": 3, "mapped_bytes": 4096 }],
+              "endpoints": [{ "endpoint": "00:06.0", "domain": 1, "hwpt": null, "refused": false }] },
+        ] });
+        assert_eq!(
+            of("viommu", &answer).unwrap(),
+            "u (vtd, scalable, 48 bits, 20 bits of PASID): 1 targets, 0 faults\n\
+             ENDPOINT  PASID  DOMAIN  TRANSLATION  IN FORCE  HWPT  PROBLEM\n\
+             00:05.0   7      2       stage1       yes       9     -\n\
+             v (virtio, bypass no)\n\
+             ENDPOINT  DOMAIN  MAPPINGS  BYTES  HWPT  REFUSED\n\
+             00:06.0   1       3         4096   -     no\n"
         );
     }
 
