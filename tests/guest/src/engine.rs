@@ -27,10 +27,11 @@ pub const TESTS: &[Test] = &[
         "sixty_four_processes_of_7_2_share_it_each_with_its_own_memory",
         |lab| sva(lab, "7.2", 64),
     ),
-    test(
+    Test::new(
         "pasids_of_6_1_come_from_the_host_and_go_back",
         virtual_commands,
-    ),
+    )
+    .limit(400),
 ];
 
 /// Long, and with a machine of its own for each: run when named, as `cargo lab test engine::`.

@@ -40,8 +40,7 @@ pub const TESTS: &[Test] = &[
     Test::new(
         "a_mapped_doorbell_is_reached_in_an_identity_domain_and_else_a_fault",
         mapped_doorbell,
-    )
-    .on_request(),
+    ),
 ];
 
 const HOST: &str = "192.168.81.1";
