@@ -1,6 +1,7 @@
 //! The `nestling` command.
 
 mod client;
+mod descriptors;
 mod doctor;
 mod inherited;
 mod logger;

@@ -5,13 +5,14 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use vmm::config::{Builder, Field, SECTIONS, Section, schema};
-use vmm::control::{self, Shared};
+use vmm::config::{Builder, Field, SECTIONS, Section, Validated, schema};
+use vmm::control::{self, Descriptors, Given, Shared};
 use vmm::outcome::STATUSES;
 use vmm::sandbox::Sandbox;
 use vmm::vm::Control;
 
 use crate::Failure;
+use crate::inherited::inherited;
 use crate::server::{Listener, Monitor, Server, Services};
 
 const API_SOCKET: &str = "api-socket";
@@ -132,6 +133,7 @@ pub(crate) fn run(options: &ArgMatches) -> Result<u8, Failure> {
                 .map_err(Failure::Usage)?,
         ),
     };
+    let descriptors = inherited_by_devices(config.as_ref()).map_err(Failure::Usage)?;
     let sandbox = Sandbox::new(&sandbox, &rules, services.listener.is_some());
     let landlock = sandbox.landlock;
     let error = |why: Box<dyn std::error::Error>| Failure::Error(why);
@@ -144,10 +146,33 @@ pub(crate) fn run(options: &ArgMatches) -> Result<u8, Failure> {
         .then(|| Server::start(services, controller, shared.clone(), landlock))
         .transpose()
         .map_err(|why| error(why.into()))?;
-    match nestling.run(config, Control { requests, shared }) {
+    let control = Control {
+        requests,
+        shared,
+        descriptors,
+    };
+    match nestling.run(config, control) {
         Ok(outcome) => Ok(outcome.status()),
         Err(why) => Err(error(why.into())),
     }
+}
+
+/// The descriptors that options name with `fd=` and `iommufd=`.
+fn inherited_by_devices(config: Option<&Validated>) -> Result<Descriptors, String> {
+    let descriptors = Descriptors::default();
+    for (id, fd, iommufd) in config.iter().flat_map(|config| config.descriptors()) {
+        let copy = |number: Option<u32>| {
+            let number = number.map(|number| RawFd::try_from(number).unwrap_or(RawFd::MAX));
+            let copied = number.map(inherited).transpose();
+            copied.map_err(|why| format!("device id={id}: {why}"))
+        };
+        let given = Given {
+            device: copy(fd)?,
+            iommufd: copy(iommufd)?,
+        };
+        descriptors.keep(id, given);
+    }
+    Ok(descriptors)
 }
 
 fn services(options: &ArgMatches) -> Result<Services, String> {

@@ -1,13 +1,14 @@
 //! One request on one connection, which the server closes.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use serde_json::Value;
 use vmm::control::ApiError;
 
-use crate::Failure;
+use crate::{Failure, descriptors};
 
 /// A server, which is asked.
 pub(super) struct Client(PathBuf);
@@ -18,7 +19,8 @@ impl Client {
         Self(socket)
     }
 
-    /// Asks, and waits for as long as the answer takes. `None`: done, with nothing to say.
+    /// Asks, with `descriptors` that the body names, and waits for as long as the answer takes.
+    /// `None`: done, with nothing to say.
     ///
     /// # Errors
     /// Nobody answers, or the answer is a refusal.
@@ -27,8 +29,9 @@ impl Client {
         verb: &str,
         request: &str,
         body: Option<&Value>,
+        descriptors: &[OwnedFd],
     ) -> Result<Option<Value>, Failure> {
-        let (status, mut rest) = self.send(verb, request, body)?;
+        let (status, mut rest) = self.send(verb, request, body, descriptors)?;
         let mut text = String::new();
         rest.read_to_string(&mut text)
             .map_err(|why| self.lost(&why))?;
@@ -48,7 +51,7 @@ impl Client {
     /// # Errors
     /// Nobody answers, or the answer is a refusal.
     pub(super) fn follow(&self, request: &str, each: impl Fn(&str)) -> Result<(), Failure> {
-        let (status, mut rest) = self.send("GET", request, None)?;
+        let (status, mut rest) = self.send("GET", request, None, &[])?;
         if status != 200 {
             let mut text = String::new();
             rest.read_to_string(&mut text)
@@ -72,6 +75,7 @@ impl Client {
         verb: &str,
         request: &str,
         body: Option<&Value>,
+        descriptors: &[OwnedFd],
     ) -> Result<(u16, BufReader<UnixStream>), Failure> {
         let mut stream = UnixStream::connect(&self.0).map_err(|why| {
             Failure::Error(
@@ -83,11 +87,17 @@ impl Client {
             )
         })?;
         let body = body.map(Value::to_string).unwrap_or_default();
-        let asked = write!(
-            stream,
+        let text = format!(
             "{verb} /api/v1/{request} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
         );
+        let bytes = text.as_bytes();
+        // They go with the first bytes.
+        let sent = match descriptors {
+            [] => Ok(0),
+            some => descriptors::send(&stream, bytes, some),
+        };
+        let asked = sent.and_then(|sent| stream.write_all(bytes.get(sent..).unwrap_or_default()));
         let mut rest = BufReader::new(stream);
         let (mut first, mut line) = (String::new(), String::new());
         // An answer may be there although not all was read.

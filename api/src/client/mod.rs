@@ -4,6 +4,7 @@
 //! what the server said.
 
 mod http;
+mod opened;
 mod table;
 
 use std::io::{Read, Write};
@@ -91,6 +92,13 @@ pub(crate) fn command() -> Command {
                     .value_name("OPTIONS")
                     .help(group.syntax())
                     .long_help(group.help()),
+            )
+            .arg(
+                Arg::new("pass")
+                    .long("pass")
+                    .action(ArgAction::SetTrue)
+                    .hide(!opened::can(name))
+                    .help("Open it here and pass the descriptor: nestling needs no right to it"),
             )
     });
     Command::new("api")
@@ -205,8 +213,13 @@ pub(crate) fn run(options: &ArgMatches) -> Result<u8, Failure> {
         })?;
         return Ok(0);
     }
-    let (verb, request, body) = request(name, words)?;
-    let answer = client.ask(verb, &request, body.as_ref())?;
+    let (verb, request, mut body) = request(name, words)?;
+    let pass = words.try_get_one::<bool>("pass").ok().flatten();
+    let descriptors = match &mut body {
+        Some(body) if pass.is_some() => opened::of(name, pass == Some(&true), body)?,
+        _ => Vec::new(),
+    };
+    let answer = client.ask(verb, &request, body.as_ref(), &descriptors)?;
     let Some(answer) = answer else {
         return Ok(0);
     };

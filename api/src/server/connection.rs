@@ -8,15 +8,19 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Sleep;
 
 use super::socket::Listener;
+use crate::descriptors::Received;
 
 /// Connections at a time; one more gets a 503.
 pub(super) const MOST: usize = 128;
@@ -90,9 +94,22 @@ pub(super) async fn accept(
 }
 
 async fn serve(stream: UnixStream, router: Router, mut ending: watch::Receiver<bool>) {
+    let received = Received::default();
     let io = TokioIo::new(Patient {
         stream,
         stuck: None,
+        received: received.clone(),
+    });
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(received.clone());
+        let (answer, received) = (router.call(request), received.clone());
+        async move {
+            let answer = answer.await;
+            // What the request did not use is closed.
+            drop(received.take());
+            answer
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -102,7 +119,7 @@ async fn serve(stream: UnixStream, router: Router, mut ending: watch::Receiver<b
         .max_buf_size(BUFFER)
         // Clients of Cloud Hypervisor look for `Content-Length` in exactly this case.
         .title_case_headers(true)
-        .serve_connection(io, TowerToHyperService::new(router));
+        .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
     let done = tokio::select! {
         done = connection.as_mut() => done,
@@ -116,9 +133,11 @@ async fn serve(stream: UnixStream, router: Router, mut ending: watch::Receiver<b
     }
 }
 
-/// A stream whose writes fail when the peer does not read for [`WRITE_LIMIT`].
+/// A stream whose writes fail when the peer does not read for [`WRITE_LIMIT`], and which keeps the
+/// descriptors that come with what is read.
 struct Patient {
     stream: UnixStream,
+    received: Received,
     stuck: Option<Pin<Box<Sleep>>>,
 }
 
@@ -128,7 +147,22 @@ impl AsyncRead for Patient {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let Self {
+            stream, received, ..
+        } = &mut *self;
+        loop {
+            ready!(stream.poll_read_ready(context))?;
+            let room = buffer.initialize_unfilled();
+            match stream.try_io(Interest::READABLE, || received.receive(stream, room)) {
+                Ok(bytes) => {
+                    buffer.advance(bytes);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(why) if why.kind() == io::ErrorKind::WouldBlock => {}
+                Err(why) if why.kind() == io::ErrorKind::Interrupted => {}
+                Err(why) => return Poll::Ready(Err(why)),
+            }
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! What each path does. The comments are the document's descriptions.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response, Sse, sse};
@@ -14,14 +16,15 @@ use utoipa_axum::routes;
 use viommu::Rid;
 use vmm::config::{DeviceConfig, DiskConfig, NetConfig, TestDeviceConfig, VmConfig};
 use vmm::control::{
-    ApiError, Code, Counters, Done, NewDevice, PciDeviceInfo, Record, Removal, Reply, Request,
-    VmInfo,
+    ApiError, Code, Counters, Done, Given, NewDevice, PciDeviceInfo, Record, Removal, Reply,
+    Request, VmInfo,
 };
 use vmm::doctor::{Report, Roots};
 use vmm::vm::ViommuStates;
 
 use super::body::{Document, Refused};
 use super::{Api, document, filter, follow};
+use crate::descriptors::Received;
 
 /// How long the guest has to let go of a device when the client does not say.
 const EJECT: Duration = Duration::from_secs(10);
@@ -96,8 +99,8 @@ impl Api {
         Ok(StatusCode::NO_CONTENT)
     }
 
-    async fn add(&self, device: NewDevice) -> Answer<Response> {
-        Ok(match self.ask(Request::Add(device)).await? {
+    async fn add(&self, device: NewDevice, given: Given) -> Answer<Response> {
+        Ok(match self.ask(Request::Add(device, given)).await? {
             Done::Added(device) => (StatusCode::OK, axum::Json(device)).into_response(),
             Done::Nothing => StatusCode::NO_CONTENT.into_response(),
         })
@@ -193,7 +196,17 @@ async fn vmm_shutdown(State(api): Shared) -> Answer<StatusCode> {
     responses((status = 204, description = "It is created."), (status = 409, body = ApiError, description = "There is a VM."), Making, WithBody, Always)
 )]
 async fn create(State(api): Shared, body: Document) -> Answer<StatusCode> {
-    api.do_it(Request::Create(Box::new(body.vm()?))).await
+    let config = body.vm()?;
+    if config.descriptors().next().is_some() {
+        return Err(ApiError::new(
+            Code::InvalidConfig,
+            "fd and iommufd are of requests that add one device",
+        )
+        .field("fd")
+        .remedy("add the device before the VM is booted (vm.add-disk, vm.add-net, vm.add-device)")
+        .into());
+    }
+    api.do_it(Request::Create(Box::new(config))).await
 }
 
 /// Boots the VM that was created.
@@ -347,6 +360,42 @@ async fn events(
         .into_response())
 }
 
+/// The descriptors that came with a request, or before it on its connection.
+type Came = Extension<Received>;
+
+/// Those that a request names; what it does not name is closed.
+fn given(came: &Received, fd: Option<u32>, iommufd: Option<u32>) -> Result<Given, ApiError> {
+    let mut all: Vec<Option<OwnedFd>> = came.take().into_iter().map(Some).collect();
+    let count = all.len();
+    let mut claim = |field: &str, place: Option<u32>| {
+        let Some(place) = place else {
+            return Ok(None);
+        };
+        let its = all.get_mut(place as usize).and_then(Option::take);
+        its.map(Some).ok_or_else(|| {
+            ApiError::new(
+                Code::InvalidConfig,
+                format!("{field}={place} names no descriptor: {count} came with the request, each for one use"),
+            )
+            .field(field)
+            .remedy("send it together with the request (SCM_RIGHTS); the first is 0")
+        })
+    };
+    let given = Given {
+        device: claim("fd", fd)?,
+        iommufd: claim("iommufd", iommufd)?,
+    };
+    match all.iter().flatten().count() {
+        0 => Ok(given),
+        unused => Err(ApiError::new(
+            Code::InvalidConfig,
+            format!("{unused} of {count} descriptors are named by no field of the request"),
+        )
+        .field("fd")
+        .remedy("name them with fd and iommufd, or do not send them")),
+    }
+}
+
 /// What a request to add a device can be answered, too.
 #[derive(IntoResponses)]
 #[expect(dead_code, reason = "it describes answers, in the document only")]
@@ -361,30 +410,34 @@ enum Added {
 
 /// Adds a disk.
 #[utoipa::path(put, path = "/vm.add-disk", tag = "vm", request_body = DiskConfig, responses(Added, WithBody, AboutVm, Making, Always))]
-async fn add_disk(State(api): Shared, body: Document) -> Answer<Response> {
-    let disk = body.group("disks", &DiskConfig::GROUP)?;
-    api.add(NewDevice::Disk(disk)).await
+async fn add_disk(State(api): Shared, came: Came, body: Document) -> Answer<Response> {
+    let disk: DiskConfig = body.group("disks", &DiskConfig::GROUP)?;
+    let given = given(&came, disk.fd, None)?;
+    api.add(NewDevice::Disk(disk), given).await
 }
 
 /// Adds a network card.
 #[utoipa::path(put, path = "/vm.add-net", tag = "vm", request_body = NetConfig, responses(Added, WithBody, AboutVm, Making, Always))]
-async fn add_net(State(api): Shared, body: Document) -> Answer<Response> {
-    let net = body.group("net", &NetConfig::GROUP)?;
-    api.add(NewDevice::Net(net)).await
+async fn add_net(State(api): Shared, came: Came, body: Document) -> Answer<Response> {
+    let net: NetConfig = body.group("net", &NetConfig::GROUP)?;
+    let given = given(&came, net.fd, None)?;
+    api.add(NewDevice::Net(net), given).await
 }
 
 /// Adds a device of the host.
 #[utoipa::path(put, path = "/vm.add-device", tag = "vm", request_body = DeviceConfig, responses(Added, WithBody, AboutVm, Making, Always))]
-async fn add_device(State(api): Shared, body: Document) -> Answer<Response> {
-    let device = body.group("devices", &DeviceConfig::GROUP)?;
-    api.add(NewDevice::Device(device)).await
+async fn add_device(State(api): Shared, came: Came, body: Document) -> Answer<Response> {
+    let device: DeviceConfig = body.group("devices", &DeviceConfig::GROUP)?;
+    let given = given(&came, device.fd, device.iommufd)?;
+    api.add(NewDevice::Device(device), given).await
 }
 
 /// Adds a DMA test engine.
 #[utoipa::path(put, path = "/vm.add-test-device", tag = "vm", request_body = TestDeviceConfig, responses(Added, WithBody, AboutVm, Making, Always))]
-async fn add_test_device(State(api): Shared, body: Document) -> Answer<Response> {
+async fn add_test_device(State(api): Shared, came: Came, body: Document) -> Answer<Response> {
     let device = body.group("test_devices", &TestDeviceConfig::GROUP)?;
-    api.add(NewDevice::Test(device)).await
+    let given = given(&came, None, None)?;
+    api.add(NewDevice::Test(device), given).await
 }
 
 /// Which device to remove, and how.

@@ -6,6 +6,8 @@ mod api;
 #[cfg(test)]
 mod bad_input;
 #[cfg(test)]
+mod descriptors;
+#[cfg(test)]
 mod devices;
 #[cfg(test)]
 mod document;

@@ -2,8 +2,9 @@
 //! each device's way in and out.
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -163,6 +164,27 @@ impl PassthroughHost {
     pub fn admit(&self, rid: Rid, sysfs: &Path) -> Result<Admitted, HostError> {
         let (device, id) = VfioDevice::open(sysfs, self.kernel.as_fd())?;
         self.admit_device(rid, device, id)
+    }
+
+    /// As [`admit`](Self::admit), for a device that somebody else has opened, and that is bound to
+    /// this iommufd as `bound`, or to none yet. Returns what it is bound as, too.
+    ///
+    /// # Errors
+    /// As [`admit`](Self::admit), and when `file` is not the device at `sysfs`.
+    pub fn admit_given(
+        &self,
+        rid: Rid,
+        sysfs: &Path,
+        file: File,
+        bound: Option<u32>,
+    ) -> Result<(Admitted, u32), HostError> {
+        let (device, id) = VfioDevice::given(sysfs, file, self.kernel.as_fd(), bound)?;
+        Ok((self.admit_device(rid, device, id)?, id))
+    }
+
+    /// The iommufd.
+    pub fn iommufd(&self) -> BorrowedFd<'_> {
+        self.kernel.as_fd()
     }
 
     /// As [`admit`](Self::admit), for a device that is open and bound to this iommufd as `id`.

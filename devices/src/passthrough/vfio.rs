@@ -4,11 +4,12 @@
 //! Direct calls on vfio-bindings: vfio-ioctls makes an address space of its own for each VM,
 //! swallows errors of register accesses and of resets, and detaches requests without PASID only.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions, read_dir, read_link};
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,6 +46,9 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// What was passed in is something else.
+    #[error("the descriptor for {0} is not its VFIO device; pass an open /dev/vfio/devices/{1}")]
+    NotIt(PathBuf, String),
     /// A call that every VFIO PCI device answers failed.
     #[error("{call} failed for {path}; is this a PCI device?")]
     Call {
@@ -75,6 +79,15 @@ fn bind_reason(error: &io::Error) -> String {
         Some(libc::ENODEV) => "it stands behind no IOMMU; enable VT-d in the firmware".into(),
         _ => error.to_string(),
     }
+}
+
+/// The name of the character device of the function at `sysfs`.
+fn node_of(sysfs: &Path) -> Result<OsString, OpenError> {
+    read_dir(sysfs.join("vfio-dev"))
+        .ok()
+        .and_then(|mut entries| entries.next()?.ok())
+        .map(|entry| entry.file_name())
+        .ok_or_else(|| OpenError::NotBound(sysfs.into()))
 }
 
 /// The other functions of the group of the one at `sysfs` that a driver of the host has, each with
@@ -271,11 +284,7 @@ impl VfioDevice {
     /// # Errors
     /// Why not, with the remedy.
     pub fn open(sysfs: &Path, iommufd: BorrowedFd<'_>) -> Result<(Self, u32), OpenError> {
-        let name = read_dir(sysfs.join("vfio-dev"))
-            .ok()
-            .and_then(|mut entries| entries.next()?.ok())
-            .ok_or_else(|| OpenError::NotBound(sysfs.into()))?
-            .file_name();
+        let name = node_of(sysfs)?;
         let path = Path::new("/dev/vfio/devices").join(name);
         let file = OpenOptions::new()
             .read(true)
@@ -298,6 +307,38 @@ impl VfioDevice {
             }
             error => error,
         })
+    }
+
+    /// As [`open`](Self::open), for a device that somebody else has opened, and that is bound as
+    /// `bound` already, or not yet. One that was in use is reset.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and [`OpenError::NotIt`].
+    pub fn given(
+        sysfs: &Path,
+        file: File,
+        iommufd: BorrowedFd<'_>,
+        bound: Option<u32>,
+    ) -> Result<(Self, u32), OpenError> {
+        let name = node_of(sysfs)?;
+        let number = std::fs::read_to_string(sysfs.join("vfio-dev").join(&name).join("dev"));
+        let opened = file.metadata().ok().filter(|meta| {
+            let of = (libc::major(meta.rdev()), libc::minor(meta.rdev()));
+            let shown = format!("{}:{}", of.0, of.1);
+            meta.file_type().is_char_device() && number.is_ok_and(|text| text.trim() == shown)
+        });
+        if opened.is_none() {
+            let name = name.to_string_lossy().into_owned();
+            return Err(OpenError::NotIt(sysfs.into(), name));
+        }
+        let Some(number) = bound else {
+            return Self::bind(file, sysfs.into(), iommufd);
+        };
+        let device = Self::describe(file, sysfs.into())?;
+        if let Err(why) = device.reset() {
+            log::debug!("{} is not reset: {why}", sysfs.display());
+        }
+        Ok((device, number))
     }
 
     /// Binds a character device that was passed in; `path` is for messages.

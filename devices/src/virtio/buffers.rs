@@ -293,6 +293,15 @@ fn offset_of(offset: u64) -> io::Result<libc::off_t> {
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
 }
 
+/// The flags that `file` was opened with (`O_RDWR`, …).
+pub(super) fn status_flags(file: &impl AsRawFd) -> io::Result<libc::c_int> {
+    // SAFETY: the call takes numbers only.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) } {
+        flags if flags < 0 => Err(io::Error::last_os_error()),
+        flags => Ok(flags),
+    }
+}
+
 fn check(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }

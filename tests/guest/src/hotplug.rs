@@ -64,6 +64,9 @@ pub const TESTS: &[Test] = &[
     .profile("vtd")
     .limit(3000)
     .on_request(),
+    Test::new("a_drive_that_its_client_opened_outlives_a_reboot", passed)
+        .profile("vtd")
+        .on_request(),
     Test::new("killed_at_any_point_the_host_is_clean", killed)
         .profile("vtd")
         .limit(1200)
@@ -625,6 +628,37 @@ fn nvme(lab: &Lab, count: u32) -> Result<()> {
         vm.nothing_is_left()?;
         vm.guest.power_off()?;
     }
+    Ok(())
+}
+
+/// The client opens the drive and the iommufd; nestling gets descriptors.
+fn passed(lab: &Lab) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    let path = drive.sysfs().display().to_string();
+    let mut vm = Plugging::boot_with(lab, &drive, None)?;
+    let client = Command::new(lab.nestling())
+        .args(["api", "--socket"])
+        .arg(lab.file("api"))
+        .args(["add-device", "--pass", &format!("path={path},id=drive")])
+        .output()?;
+    let said = String::from_utf8_lossy(&client.stderr).into_owned();
+    ensure!(client.status.success(), "the client says {said}");
+    let at = |vm: &Plugging| -> Result<String> {
+        let info = vm.api.get("vm.info")?;
+        let bdf = info["device_tree"]["drive"]["pci_bdf"].as_str();
+        Ok(bdf
+            .with_context(|| format!("no drive in {info:#}"))?
+            .to_owned())
+    };
+    let before = at(&vm)?;
+    disk_keeps(&mut vm.guest, &before, 2)?;
+    vm.api.put("vm.reboot", &Value::Null)?;
+    vm.guest.starts_over()?;
+    let after = at(&vm)?;
+    disk_keeps(&mut vm.guest, &after, 2)?;
+    vm.remove("drive", &after)?;
+    vm.nothing_is_left()?;
+    vm.guest.power_off()?;
     Ok(())
 }
 

@@ -45,6 +45,10 @@ options! {
         pub path: PathBuf, required;
         /// Open it read-only, and tell the guest so.
         pub readonly: bool = false;
+        /// A descriptor that is open for it, of which path then is only the name: in an option, one
+        /// that nestling was started with; in a request, its place (from 0) among those that came
+        /// with it.
+        pub fd: Option<u32>;
         /// The device's name, unique in the VM.
         pub id: Option<String>;
         /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.
@@ -61,6 +65,10 @@ options! {
         pub tap: String, required;
         /// The card's address; made from the position of the card when it is not given.
         pub mac: Option<Mac>;
+        /// A descriptor that is open for it, of which tap then is only the name: in an option, one
+        /// that nestling was started with; in a request, its place (from 0) among those that came
+        /// with it.
+        pub fd: Option<u32>;
         /// The device's name, unique in the VM.
         pub id: Option<String>;
         /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.
@@ -157,6 +165,12 @@ options! {
     pub struct DeviceConfig {
         /// The device in sysfs, for example /sys/bus/pci/devices/0000:01:00.0.
         pub path: PathBuf, required;
+        /// A descriptor that is open for it (/dev/vfio/devices/vfioN): in an option, one that
+        /// nestling was started with; in a request, its place (from 0) among those that came with
+        /// it. What path has in sysfs is read all the same.
+        pub fd: Option<u32>;
+        /// As fd, of /dev/iommu; by itself, nestling opens that. One for all devices of the VM.
+        pub iommufd: Option<u32>;
         /// The device's name, unique in the VM.
         pub id: Option<String>;
         /// Put it behind the default vIOMMU: the first of --viommu, or a VT-d unit if there is none.

@@ -488,6 +488,17 @@ impl VmConfig {
         Ok(())
     }
 
+    /// The devices that have descriptors, by name: which those are of the device and of the
+    /// iommufd.
+    pub fn descriptors(&self) -> impl Iterator<Item = (&str, Option<u32>, Option<u32>)> {
+        let disks = self.disks.iter().map(|d| (&d.id, d.fd, None));
+        let nets = self.net.iter().map(|n| (&n.id, n.fd, None));
+        let passed = self.devices.iter().map(|d| (&d.id, d.fd, d.iommufd));
+        let all = disks.chain(nets).chain(passed);
+        all.filter(|(_, fd, iommufd)| fd.is_some() || iommufd.is_some())
+            .map(|(id, fd, iommufd)| (id.as_deref().unwrap_or_default(), fd, iommufd))
+    }
+
     fn check_test_devices(&self) -> Result<(), ConfigError> {
         for device in &self.test_devices {
             if device.pasid_bits > Pasid::BITS {

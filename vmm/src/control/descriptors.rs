@@ -39,6 +39,8 @@ struct Device {
     descriptor: OwnedFd,
     /// Its number in the iommufd, once it is bound: that is done once for a descriptor.
     bound: Option<u32>,
+    /// The iommufd is kept for it.
+    of_iommufd: bool,
 }
 
 impl Descriptors {
@@ -53,6 +55,7 @@ impl Descriptors {
             let device = Device {
                 descriptor,
                 bound: None,
+                of_iommufd: given.iommufd.is_some(),
             };
             kept.devices.insert(id.to_owned(), device);
         }
@@ -65,7 +68,7 @@ impl Descriptors {
     pub fn retain(&self, ids: &BTreeSet<&str>) {
         let mut kept = self.kept();
         kept.devices.retain(|id, _| ids.contains(id.as_str()));
-        if kept.devices.is_empty() {
+        if !kept.devices.values().any(|device| device.of_iommufd) {
             kept.iommufd = None;
         }
     }
@@ -94,8 +97,10 @@ impl Descriptors {
         let mut kept = self.kept();
         if let Some(device) = kept.devices.get_mut(id) {
             device.bound = Some(number);
+            device.of_iommufd = true;
         }
-        kept.iommufd.get_or_insert(copy);
+        // Whatever was given, this is what it needs from now on.
+        kept.iommufd = Some(copy);
         Ok(())
     }
 
@@ -105,7 +110,10 @@ impl Descriptors {
     /// No descriptor is left.
     pub fn iommufd(&self) -> io::Result<Option<OwnedFd>> {
         let kept = self.kept();
-        let copy = kept.iommufd.as_ref().map(|fd| fd.as_fd().try_clone_to_owned());
+        let copy = kept
+            .iommufd
+            .as_ref()
+            .map(|fd| fd.as_fd().try_clone_to_owned());
         copy.transpose()
     }
 }
@@ -128,14 +136,20 @@ mod tests {
         let all = Descriptors::default();
         all.keep("a", given());
         all.keep("b", given());
+        let disk = Given {
+            iommufd: None,
+            ..given()
+        };
+        all.keep("disk", disk);
         assert!(all.of("a").is_ok() && all.of("c").is_err());
         all.bind("a", 7, File::open("/dev/zero").unwrap()).unwrap();
         assert_eq!((all.bound("a"), all.bound("b")), (Some(7), None));
         all.retain(&BTreeSet::from(["b", "x"]));
         assert!(all.of("a").is_err() && all.of("b").is_ok());
         assert!(all.iommufd().unwrap().is_some());
+        all.retain(&BTreeSet::from(["disk"]));
+        assert!(all.iommufd().unwrap().is_none() && all.of("disk").is_ok());
         all.retain(&BTreeSet::new());
-        assert!(all.iommufd().unwrap().is_none());
         // A name that is used again inherits nothing.
         all.keep("a", given());
         assert_eq!(all.bound("a"), None);

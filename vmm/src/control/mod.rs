@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod descriptors;
 mod error;
 mod events;
 mod shared;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use descriptors::{Descriptors, Given};
 pub use error::{ApiError, Code, sentence};
 pub use events::{Event, Events, Record};
 pub use shared::{
@@ -52,8 +54,8 @@ pub enum Request {
     Pause,
     /// Let them go on.
     Resume,
-    /// Plug a device.
-    Add(NewDevice),
+    /// Plug a device, with the descriptors that came for it.
+    Add(NewDevice, Given),
     /// Unplug a device.
     Remove {
         /// Its name.

@@ -123,6 +123,7 @@ pub fn of_config(config: &VmConfig, served: bool) -> Vec<Need> {
 /// What a device needs that comes later, beside what [`of_config`] has for all.
 pub fn of_device(device: &NewDevice) -> Vec<Need> {
     match device {
+        NewDevice::Disk(disk) if disk.fd.is_some() => Vec::new(),
         NewDevice::Disk(disk) => {
             let access = match disk.readonly {
                 true => Access::Read,
@@ -130,9 +131,11 @@ pub fn of_device(device: &NewDevice) -> Vec<Need> {
             };
             vec![Need::named("disk path", &disk.path, access)]
         }
+        NewDevice::Net(net) if net.fd.is_some() => Vec::new(),
         NewDevice::Net(_) => vec![Need::common("net", TUN, Access::Device)],
-        NewDevice::Device(_) => PASSTHROUGH
+        NewDevice::Device(device) => PASSTHROUGH
             .iter()
+            .filter(|(path, _)| device.fd.is_none() || path.starts_with("/sys"))
             .map(|(path, access)| Need::common("device", path, *access))
             .collect(),
         NewDevice::Test(_) => Vec::new(),

@@ -94,7 +94,7 @@ impl Paths {
             Some(need) => Err(Refusal {
                 what: need.what.clone(),
                 remedy: format!(
-                    "start nestling with --landlock-rules path={},access={}, or with --landlock off",
+                    "start nestling with --landlock-rules path={},access={}, or pass a descriptor (nestling api … --pass)",
                     folder(need).display(),
                     if need.access == Use::Read { "r" } else { "rw" },
                 ),

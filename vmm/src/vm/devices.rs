@@ -33,7 +33,7 @@ use super::slots::Slots;
 use super::terminal_io::{self, LateFile, PipeInput, SerialInput};
 use super::viommus::{ViommuError, Viommus};
 use crate::config::{Behind, Mac, SerialMode, Validated};
-use crate::control::{DeviceKind, DeviceNode};
+use crate::control::{Descriptors, DeviceKind, DeviceNode};
 use crate::interrupts::Interrupts;
 use crate::kvm::vcpu::{EventLine, GuestEvent};
 use crate::kvm::{self, cpuid::Paging};
@@ -120,6 +120,16 @@ impl From<AddError> for DeviceError {
     }
 }
 
+/// What the host has for the devices of a VM.
+pub(super) struct OfHost<'h> {
+    /// Its IOMMU, if there are devices for it.
+    pub(super) passthrough: Option<Passthrough>,
+    /// What its CPUs can.
+    pub(super) paging: Paging,
+    /// What was opened already.
+    pub(super) descriptors: &'h Descriptors,
+}
+
 /// The devices of a VM. Dropping them stops them.
 pub(super) struct Devices {
     buses: Buses,
@@ -144,6 +154,8 @@ pub(super) struct Devices {
     /// What the host's CPUs can.
     pub(super) paging: Paging,
     pub(super) layout: Layout,
+    /// What was opened for devices already.
+    pub(super) descriptors: Descriptors,
     serial: Arc<SerialPort>,
     serial_file: LateFile,
     power_button: Arc<dyn IrqLine>,
@@ -161,9 +173,13 @@ impl Devices {
         kvm: &Arc<kvm::Vm>,
         interrupts: &Arc<Interrupts>,
         events: &Arc<EventLine>,
-        passthrough: Option<Passthrough>,
-        paging: Paging,
+        host: OfHost<'_>,
     ) -> Result<Self, DeviceError> {
+        let OfHost {
+            passthrough,
+            paging,
+            descriptors,
+        } = host;
         let (mmio, pio) = (Arc::new(Bus::mmio()), Arc::new(Bus::pio()));
         let ioapic = Ioapic::new(interrupts.clone());
         mmio.insert(IOAPIC.first, IOAPIC.len(), ioapic.clone())?;
@@ -236,6 +252,7 @@ impl Devices {
             kvm: kvm.clone(),
             paging,
             layout: layout.clone(),
+            descriptors: descriptors.clone(),
             power_button: ioapic.line(POWER_BUTTON_PIN),
             buses: Buses { mmio, pio, ioapic },
             root: root.clone(),
@@ -388,23 +405,39 @@ impl Devices {
         Ok(())
     }
 
+    /// What was opened for `new`, if its configuration says that something was.
+    fn descriptor(&self, new: New<'_>, fd: Option<u32>) -> Result<Option<OwnedFd>, DeviceError> {
+        let its = fd.map(|_| self.descriptors.of(new.id()));
+        its.transpose().map_err(|source| DeviceError::Host {
+            what: "the descriptor of a device",
+            source,
+        })
+    }
+
     /// Builds an emulated device in `slot`, and tells nobody.
     pub(super) fn plug_emulated(&mut self, slot: Slot, new: New<'_>) -> Result<Plugged, AddError> {
         let behind = new.behind();
         let rid = match new {
             New::Disk(disk) => {
-                let device = Block::open(&BlockConfig {
+                let config = BlockConfig {
                     path: disk.path.clone(),
                     readonly: disk.readonly,
                     // A name that was made up shows as `disk0`.
                     serial: new.id().strip_prefix('_').unwrap_or(new.id()).to_owned(),
-                });
+                };
+                let device = match self.descriptor(new, disk.fd).at(Step::Open)? {
+                    Some(descriptor) => Block::adopt(&config, descriptor),
+                    None => Block::open(&config),
+                };
                 self.plug_virtio(slot, device.at(Step::Open)?, behind)?
             }
             New::Net(net) => {
                 let Mac(mac) = net.mac.unwrap_or_default();
                 let device = Net::open(NetConfig {
-                    tap: TapSource::Name(net.tap.clone()),
+                    tap: match self.descriptor(new, net.fd).at(Step::Open)? {
+                        Some(fd) => TapSource::Fd(fd),
+                        None => TapSource::Name(net.tap.clone()),
+                    },
                     mac,
                 });
                 self.plug_virtio(slot, device.at(Step::Open)?, behind)?

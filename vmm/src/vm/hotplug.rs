@@ -330,7 +330,7 @@ impl Devices {
         progress(Step::Open);
         let first = self.passthrough.is_none();
         if first {
-            let opened = Passthrough::open(&self.kvm, self.paging, self.offered);
+            let opened = Passthrough::open(&self.kvm, self.paging, self.offered, &self.descriptors);
             self.passthrough = Some(opened.at(Step::Open)?);
         }
         let plugged = self.plug_admitted(slot, config, progress);

@@ -8,13 +8,14 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
 use crate::config::{MemoryConfig, Size, Validated, VmConfig};
+use crate::control::Descriptors;
 use crate::interrupts::Interrupts;
 use crate::kvm;
 use crate::kvm::cpuid::Paging;
 use crate::kvm::vcpu::EventLine;
 use crate::memory::layout::{Range, compose};
 use crate::memory::ram;
-use crate::vm::devices::HOTPLUG_PORT;
+use crate::vm::devices::{HOTPLUG_PORT, OfHost};
 
 /// A VM with two vIOMMUs; `None` where there is no KVM.
 fn machine(edit: impl FnOnce(&mut VmConfig)) -> Option<Devices> {
@@ -44,8 +45,12 @@ fn machine_with(
     let vm = Arc::new(host.create_vm(ram, 1).unwrap());
     let interrupts = Interrupts::new(vm.fd().clone());
     let events = Arc::new(EventLine::new().unwrap());
-    let paging = Paging::of(host.cpuid());
-    let devices = Devices::new(&config, &layout, &vm, &interrupts, &events, None, paging).unwrap();
+    let of_host = OfHost {
+        passthrough: None,
+        paging: Paging::of(host.cpuid()),
+        descriptors: &Descriptors::default(),
+    };
+    let devices = Devices::new(&config, &layout, &vm, &interrupts, &events, of_host).unwrap();
     devices.freeze().unwrap();
     Some(devices)
 }

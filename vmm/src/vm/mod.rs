@@ -32,7 +32,7 @@ pub use passthrough::PassthroughError;
 pub use session::{Control, Prepared, prepare};
 pub use viommus::{ViommuError, ViommuState, ViommuStates};
 
-use self::devices::Devices;
+use self::devices::{Devices, OfHost};
 use self::event_loop::{Alarm, DeviceEvent, EventLoop, Wake};
 use self::hotplug::{New, Plugged};
 use self::passthrough::Passthrough;
@@ -43,7 +43,6 @@ use crate::boot::{self, ACPI_AREA, BootError};
 use crate::config::Validated;
 use crate::control::{
     ApiError, Code, Counters, DeviceNode, Done, Inspect, NewDevice, PciDeviceInfo, Removal, Reply,
-    Shared,
 };
 use crate::interrupts::Interrupts;
 use crate::kvm::cpuid::{self, Paging};
@@ -123,8 +122,13 @@ impl Vm {
         config: &Validated,
         host_kvm: &Host,
         first_boot: bool,
-        shared: &Shared,
+        control: &Control,
     ) -> Result<Self, VmError> {
+        let Control {
+            shared,
+            descriptors,
+            ..
+        } = control;
         let progress = &shared.progress;
         progress.step("guest memory");
         let size = config.memory.size.0;
@@ -141,7 +145,7 @@ impl Vm {
             true => "kernel",
             false => "kernel, and guest memory in the host's IOMMU",
         });
-        let (entry, iommu) = passthrough::open_during(&config.devices, &ram, || {
+        let (entry, iommu) = passthrough::open_during(&config.devices, &ram, descriptors, || {
             boot::load(&ram, &layout, &config.payload, &memory_map, ACPI_AREA.first)
         });
         let (entry, iommu) = (entry?, iommu.map_err(DeviceError::from)?);
@@ -152,7 +156,7 @@ impl Vm {
         let events = Arc::new(EventLine::new().map_err(host("an event descriptor"))?);
         progress.step("devices");
         let paging = Paging::of(host_kvm.cpuid());
-        let passthrough = iommu.map(|iommu| Passthrough::new(iommu, &kvm, paging));
+        let passthrough = iommu.map(|iommu| Passthrough::new(iommu, &kvm, paging, descriptors));
         let passthrough = passthrough.transpose();
         let passthrough = passthrough.map_err(DeviceError::from)?;
         let devices = Devices::new(
@@ -161,8 +165,11 @@ impl Vm {
             &kvm,
             &interrupts,
             &events,
-            passthrough,
-            paging,
+            OfHost {
+                passthrough,
+                paging,
+                descriptors,
+            },
         )?;
 
         devices.viommus().tell(shared.events.clone());

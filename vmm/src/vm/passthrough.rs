@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::event_loop::DeviceEvent;
 use super::viommus::{ViommuError, Viommus};
 use crate::config::{Behind, DeviceConfig, FeatureMode, Reserve};
+use crate::control::Descriptors;
 use crate::interrupts::Interrupts;
 use crate::kvm::cpuid::Paging;
 use crate::kvm::slots::DeviceSlots;
@@ -75,6 +77,9 @@ pub enum PassthroughError {
     /// It cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// What was opened for it cannot be used.
+    #[error("the descriptor of a device cannot be used ({0}); pass an open one")]
+    Descriptor(io::Error),
     /// It came too late for memory to be laid out around it.
     #[error(transparent)]
     Collision(#[from] Collision),
@@ -168,30 +173,36 @@ fn reserved_by_host(groups: &Path) -> Result<Vec<HostReserved>, PassthroughError
 pub(super) fn open_during<T>(
     devices: &[DeviceConfig],
     ram: &GuestRam,
+    descriptors: &Descriptors,
     work: impl FnOnce() -> T,
 ) -> (T, Result<Option<PassthroughHost>, PassthroughError>) {
     if devices.is_empty() {
         return (work(), Ok(None));
     }
     std::thread::scope(|scope| {
-        let opening = std::thread::Builder::new().spawn_scoped(scope, || open(ram));
+        let opening = std::thread::Builder::new().spawn_scoped(scope, || open(ram, descriptors));
         let done = work();
         let host = match opening.map(std::thread::ScopedJoinHandle::join) {
             Ok(Ok(host)) => host,
             // It could not be started, or it panicked, which was reported: here, then.
-            Ok(Err(_)) | Err(_) => open(ram),
+            Ok(Err(_)) | Err(_) => open(ram, descriptors),
         };
         (done, host.map(Some))
     })
 }
 
-fn open(ram: &GuestRam) -> Result<PassthroughHost, PassthroughError> {
+fn open(ram: &GuestRam, descriptors: &Descriptors) -> Result<PassthroughHost, PassthroughError> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS));
     if let Err(error) = prefault(ram, threads) {
         // Mapping does the same, on one thread, and says what is wrong if something is.
         log::debug!("guest memory is not faulted in ahead: {error}");
     }
-    PassthroughHost::open(ram.clone()).map_err(PassthroughError::Host)
+    let given = descriptors.iommufd();
+    match given.map_err(PassthroughError::Descriptor)? {
+        Some(iommufd) => PassthroughHost::new(File::from(iommufd).into(), ram.clone()),
+        None => PassthroughHost::open(ram.clone()),
+    }
+    .map_err(PassthroughError::Host)
 }
 
 /// The host's side of all of them.
@@ -201,6 +212,7 @@ pub(super) struct Passthrough {
     files: Arc<VfioFiles>,
     /// What the host's CPUs can.
     paging: Paging,
+    descriptors: Descriptors,
 }
 
 /// A device that is in the host's IOMMU, blocked, and not yet a function of the guest. Dropping
@@ -226,8 +238,10 @@ impl Passthrough {
         host: PassthroughHost,
         vm: &Arc<kvm::Vm>,
         paging: Paging,
+        descriptors: &Descriptors,
     ) -> Result<Self, PassthroughError> {
         Ok(Self {
+            descriptors: descriptors.clone(),
             host,
             slots: Arc::new(DeviceSlots::new(vm.clone())),
             files: VfioFiles::new(vm)?,
@@ -241,8 +255,9 @@ impl Passthrough {
         vm: &Arc<kvm::Vm>,
         paging: Paging,
         offered: Option<Capabilities>,
+        descriptors: &Descriptors,
     ) -> Result<Self, PassthroughError> {
-        let opened = Self::new(open(vm.ram())?, vm, paging)?;
+        let opened = Self::new(open(vm.ram(), descriptors)?, vm, paging, descriptors)?;
         if let Some(offered) = offered {
             opened.host().freeze(offered);
         }
@@ -267,7 +282,10 @@ impl Passthrough {
         config: &DeviceConfig,
         slot: Slot,
     ) -> Result<Waiting, PassthroughError> {
-        let admitted = self.host.admit(slot.rid(), &config.path);
+        let admitted = match config.fd {
+            Some(_) => self.admit_given(config, slot.rid())?,
+            None => self.host.admit(slot.rid(), &config.path),
+        };
         let admitted = admitted.map_err(|source| device_error(&config.path, source))?;
         Ok(Waiting {
             known: self.files.add(admitted.device().as_fd())?,
@@ -275,6 +293,25 @@ impl Passthrough {
             slot,
             admitted,
         })
+    }
+
+    /// The same, for a device that somebody else has opened. It is bound once, to an iommufd that
+    /// is kept with it: a reboot finds both.
+    fn admit_given(
+        &self,
+        config: &DeviceConfig,
+        rid: Rid,
+    ) -> Result<Result<Admitted, HostError>, PassthroughError> {
+        let id = config.id.as_deref().unwrap_or_default();
+        let refused = PassthroughError::Descriptor;
+        let file = File::from(self.descriptors.of(id).map_err(refused)?);
+        let bound = self.descriptors.bound(id);
+        let admitted = self.host.admit_given(rid, &config.path, file, bound);
+        if let Ok((_, number)) = &admitted {
+            let kept = self.descriptors.bind(id, *number, self.host.iommufd());
+            kept.map_err(refused)?;
+        }
+        Ok(admitted.map(|(admitted, _)| admitted))
     }
 
     /// Puts a device behind its vIOMMU, if it has one. It can make that one offer less to the
@@ -463,7 +500,7 @@ mod tests {
     #[test]
     fn without_devices_the_hosts_iommu_is_not_opened() {
         let ram = Arc::new(vm_memory::GuestMemoryMmap::new());
-        let (done, host) = open_during(&[], &ram, || 7);
+        let (done, host) = open_during(&[], &ram, &Descriptors::default(), || 7);
         assert_eq!(done, 7);
         assert!(host.unwrap().is_none());
     }

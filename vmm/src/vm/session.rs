@@ -13,8 +13,8 @@ use super::event_loop::{DeviceEvent, EventLoop, Signals, Wake};
 use super::{Running, Vm, VmError, host};
 use crate::config::{OnReboot, Validated};
 use crate::control::{
-    ApiError, Code, Done, Event, Inspect, NewDevice, PciDeviceInfo, Removal, Reply, Request,
-    Requests, Shared, VmSnapshot, VmState,
+    ApiError, Code, Descriptors, Done, Event, Given, Inspect, NewDevice, PciDeviceInfo, Removal,
+    Reply, Request, Requests, Shared, VmSnapshot, VmState,
 };
 use crate::kvm::Host;
 use crate::kvm::vcpu::GuestEvent;
@@ -31,6 +31,8 @@ pub struct Control {
     pub requests: Requests,
     /// What they see.
     pub shared: Shared,
+    /// What was opened for it already, by the names of devices.
+    pub descriptors: Descriptors,
 }
 
 /// A nestling whose signals go to its event loop, and to no thread that is started from now on.
@@ -161,7 +163,7 @@ impl Session {
                     reply.send(Ok(Done::Nothing));
                     return Some(Ok(Outcome::Requested));
                 }
-                Request::Add(device) => reply.send(self.add(device)),
+                Request::Add(device, given) => reply.send(self.add(device, given)),
                 Request::Remove { id, how } => self.remove(&id, how, reply),
                 Request::Create(config) => reply.send(self.create(*config)),
                 Request::Boot => reply.send(self.boot_created()),
@@ -211,7 +213,7 @@ impl Session {
         let vm = self
             .confine(&config)
             .and_then(|()| Host::open().map_err(VmError::from))
-            .and_then(|kvm| Vm::build(&config, &kvm, self.first_boot, &self.control.shared))
+            .and_then(|kvm| Vm::build(&config, &kvm, self.first_boot, &self.control))
             .and_then(|vm| vm.start(&mut self.event_loop));
         let running = match vm {
             Ok(running) => running,
@@ -349,9 +351,23 @@ impl Session {
 
 /// Devices that come and go.
 impl Session {
-    fn add(&mut self, device: NewDevice) -> Result<Done, ApiError> {
+    /// Whether it is added or not, no descriptor is kept that no device has.
+    fn add(&mut self, device: NewDevice, given: Given) -> Result<Done, ApiError> {
+        let result = self.add_with(device, given);
+        self.let_go_of_descriptors();
+        result
+    }
+
+    fn let_go_of_descriptors(&self) {
+        let with_descriptors = self.vm.iter().flat_map(|config| config.descriptors());
+        let ids = with_descriptors.map(|(id, ..)| id).collect();
+        self.control.descriptors.retain(&ids);
+    }
+
+    fn add_with(&mut self, device: NewDevice, given: Given) -> Result<Done, ApiError> {
         let (before, _) = self.needs_vm()?;
         let (after, device) = before.plus(device)?;
+        self.control.descriptors.keep(device.id(), given);
         let has_its_viommu = after.viommus.len() == before.viommus.len();
         let Some((running, _)) = &mut self.running else {
             self.vm = Some(after);
@@ -488,6 +504,7 @@ impl Session {
     }
 
     fn publish(&self) {
+        self.let_go_of_descriptors();
         let snapshot = self.vm.as_ref().map(|config| {
             let (state, device_tree, inspect) = match &self.running {
                 None => (VmState::Created, Default::default(), None),

@@ -10,6 +10,7 @@ mod request;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -78,6 +79,12 @@ pub enum BlockError {
     /// It is neither a file nor a block device.
     #[error("disk {0:?} is neither a regular file nor a block device: give a raw image")]
     Kind(PathBuf),
+    /// The descriptor that was given for it was opened in another way.
+    #[error(
+        "the descriptor for disk {0:?} is not open for reading and writing: open it with O_RDWR \
+         (or O_RDONLY, and set readonly=on), without O_APPEND and O_DIRECT"
+    )]
+    Descriptor(PathBuf),
     /// Its length is not a whole number of sectors, or 0.
     #[error(
         "disk {path:?} has {bytes} bytes, which is not a whole number of 512-byte sectors: \
@@ -119,12 +126,26 @@ impl Block {
     /// # Errors
     /// See [`BlockError`].
     pub fn open(config: &BlockConfig) -> Result<Arc<Self>, BlockError> {
+        Self::new(config, open(&config.path, config.readonly)?)
+    }
+
+    /// As [`open`](Self::open), of what somebody else has opened; the path is its name only.
+    ///
+    /// # Errors
+    /// See [`BlockError`].
+    pub fn adopt(config: &BlockConfig, descriptor: OwnedFd) -> Result<Arc<Self>, BlockError> {
+        Self::new(config, adopt(&config.path, descriptor, config.readonly)?)
+    }
+
+    fn new(
+        config: &BlockConfig,
+        (file, length, physical): (File, u64, u64),
+    ) -> Result<Arc<Self>, BlockError> {
         let path = &config.path;
         let host = |source| BlockError::Host {
             path: path.clone(),
             source,
         };
-        let (file, length, physical) = open(path, config.readonly)?;
         let locked = if config.readonly {
             file.try_lock_shared()
         } else {
@@ -188,11 +209,41 @@ fn open(path: &Path, readonly: bool) -> Result<(File, u64, u64), BlockError> {
     if !kind.is_file() && !kind.is_block_device() {
         return Err(BlockError::Kind(path.into()));
     }
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .write(!readonly)
         .open(path)
         .map_err(refused)?;
+    measured(path, file)
+}
+
+/// Looks at what somebody else has opened.
+fn adopt(path: &Path, descriptor: OwnedFd, readonly: bool) -> Result<(File, u64, u64), BlockError> {
+    let file = File::from(descriptor);
+    let host = |source| BlockError::Host {
+        path: path.into(),
+        source,
+    };
+    let kind = file.metadata().map_err(host)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(BlockError::Kind(path.into()));
+    }
+    let flags = super::buffers::status_flags(&file).map_err(host)?;
+    let for_writing = flags & libc::O_ACCMODE == libc::O_RDWR;
+    let for_reading = for_writing || flags & libc::O_ACCMODE == libc::O_RDONLY;
+    let special = libc::O_APPEND | libc::O_DIRECT | libc::O_PATH;
+    if flags & special != 0 || !(for_writing || readonly && for_reading) {
+        return Err(BlockError::Descriptor(path.into()));
+    }
+    measured(path, file)
+}
+
+/// Its length and its physical block size, in bytes.
+fn measured(path: &Path, mut file: File) -> Result<(File, u64, u64), BlockError> {
+    let host = |source| BlockError::Host {
+        path: path.into(),
+        source,
+    };
     // A block device's metadata has no length; its end has.
     let bytes = io::Seek::seek(&mut file, io::SeekFrom::End(0)).map_err(host)?;
     if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
