@@ -144,7 +144,7 @@ mod tests {
         assert!(all.of("a").is_ok() && all.of("c").is_err());
         all.bind("a", 7, File::open("/dev/zero").unwrap()).unwrap();
         assert_eq!((all.bound("a"), all.bound("b")), (Some(7), None));
-        all.retain(&BTreeSet::from(["b", "x"]));
+        all.retain(&BTreeSet::from(["b", "disk", "x"]));
         assert!(all.of("a").is_err() && all.of("b").is_ok());
         assert!(all.iommufd().unwrap().is_some());
         all.retain(&BTreeSet::from(["disk"]));
