@@ -109,8 +109,10 @@ pub fn api(root: &Path, cache: &Cache, tally: &mut Tally) {
         let python = schemathesis::python(root, cache)?;
         let mut command = Command::new("cargo");
         command
-            .args(["test", "--quiet", "--locked", "--package", "api"])
-            .args(["--test", "nestling", "--", "--ignored", "--nocapture"])
+            // The packages of `units`, so that nothing is built with other features.
+            .args(["test", "--quiet", "--locked", "--workspace"])
+            .args(["--exclude", "fuzz", "--test", "nestling"])
+            .args(["--", "--ignored", "--nocapture"])
             .arg("fuzz::")
             .env("NESTLING_SCHEMATHESIS", python)
             .current_dir(root);
