@@ -22,7 +22,7 @@ use viommu::backend::iommufd::prefault;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 const LENGTH: usize = 256 << 20;
-const ROUNDS: usize = 12;
+const ROUNDS: usize = 9;
 
 #[derive(Clone, Copy)]
 enum Pages {

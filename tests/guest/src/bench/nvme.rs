@@ -14,10 +14,8 @@ use crate::harness::{Guest, Lab, show};
 use crate::passthrough::NVME;
 
 /// Seconds of one sample, and samples of one guest.
-const SECONDS: u32 = 6;
-const SAMPLES: usize = 5;
-/// Times that all guests are booted in turn.
-const ROUNDS: usize = 2;
+const SECONDS: u32 = 3;
+const SAMPLES: usize = 3;
 const SLOW: Duration = Duration::from_secs(60);
 
 /// Takes the drive's driver away: a virtio-iommu may go before the drive, whose driver would wait.
@@ -59,8 +57,10 @@ const UNITS: [Unit; 3] = [
     },
 ];
 
-/// Samples of operations per second: for each row, ours and theirs.
-type Samples = Vec<(String, [Vec<f64>; 2])>;
+const VMMS: [&str; 2] = ["nestling", "QEMU"];
+
+/// Operations per second: for each row, ours and theirs.
+type Rates = Vec<(String, [f64; 2])>;
 
 /// `cargo lab bench nvme`.
 ///
@@ -69,41 +69,39 @@ type Samples = Vec<(String, [Vec<f64>; 2])>;
 pub(super) fn run(lab: &Lab) -> Result<()> {
     let drive = Bound::new(NVME)?;
     let qemu = copy_qemu(lab)?;
-    let mut samples = Samples::new();
-    for _ in 0..ROUNDS {
-        for unit in &UNITS {
-            let guest = Guest::lab_kernel().cpus(2).cmdline(unit.cmdline).option(
-                "--device",
-                &drive.option(match unit.nestling {
-                    Some(_) => ",iommu=on",
-                    None => "",
-                }),
-            );
-            let guest = match unit.nestling {
-                Some(option) => guest.option("--viommu", option),
-                None => guest,
-            };
-            let mut machine = guest.boot(lab)?;
-            measure(unit, 0, &mut samples, |command| {
-                machine.run_within(SLOW, command)
-            })?;
-            machine.run(UNBIND)?;
-            machine.power_off()?;
+    let mut rates = Rates::new();
+    for unit in &UNITS {
+        let guest = Guest::lab_kernel().cpus(2).cmdline(unit.cmdline).option(
+            "--device",
+            &drive.option(match unit.nestling {
+                Some(_) => ",iommu=on",
+                None => "",
+            }),
+        );
+        let guest = match unit.nestling {
+            Some(option) => guest.option("--viommu", option),
+            None => guest,
+        };
+        let mut machine = guest.boot(lab)?;
+        measure(unit, 0, &mut rates, |command| {
+            machine.run_within(SLOW, command)
+        })?;
+        machine.run(UNBIND)?;
+        machine.power_off()?;
 
-            let mut machine = Qemu::boot(lab, &qemu, unit)?;
-            measure(unit, 1, &mut samples, |command| machine.run(command))?;
-            machine.power_off()?;
-        }
+        let mut machine = Qemu::boot(lab, &qemu, unit)?;
+        measure(unit, 1, &mut rates, |command| machine.run(command))?;
+        machine.power_off()?;
     }
-    report(&samples);
+    report(&rates);
     Ok(())
 }
 
-/// Adds the samples of one guest of ours (0) or QEMU's (1).
+/// Adds what one guest of ours (0) or QEMU's (1) does.
 fn measure(
     unit: &Unit,
     whose: usize,
-    samples: &mut Samples,
+    rates: &mut Rates,
     mut run: impl FnMut(&str) -> Result<String>,
 ) -> Result<()> {
     run("for i in $(seq 200); do [ -b /dev/nvme0n1 ] && exit 0; sleep 0.1; done; exit 1")?;
@@ -118,13 +116,14 @@ fn measure(
         let values = (0..SAMPLES)
             .map(|_| sample(run))
             .collect::<Result<Vec<_>>>()?;
-        let known = samples.iter_mut().find(|(known, _)| *known == name);
-        match known {
-            Some((_, both)) => both[whose].extend(values),
+        let rate = middle(values);
+        show(format!("{}, {name}: {rate:.0}", VMMS[whose]));
+        match rates.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, both)) => both[whose] = rate,
             None => {
-                let mut both = [Vec::new(), Vec::new()];
-                both[whose] = values;
-                samples.push((name, both));
+                let mut both = [f64::NAN; 2];
+                both[whose] = rate;
+                rates.push((name, both));
             }
         }
         Ok(())
@@ -161,23 +160,23 @@ fn sample(run: &mut dyn FnMut(&str) -> Result<String>) -> Result<f64> {
     Ok(rate)
 }
 
-fn report(samples: &Samples) {
-    let middle = |values: &[f64]| {
-        let mut values = values.to_vec();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-    };
-    let rates: Vec<[f64; 2]> = samples
-        .iter()
-        .map(|(_, both)| [middle(&both[0]), middle(&both[1])])
-        .collect();
-    let names: Vec<&str> = samples.iter().map(|(name, _)| name.as_str()).collect();
+fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn report(rates: &Rates) {
+    let names: Vec<&str> = rates.iter().map(|(name, _)| name.as_str()).collect();
     show("Reads of 4 KiB of a passed-through NVMe drive per second, two at a time, medians:");
-    let column = |n: usize| rates.iter().map(|rate| rate[n]).collect();
-    table(&names, &[("nestling", column(0)), ("QEMU", column(1))]);
+    let column = |n: usize| rates.iter().map(|(_, rate)| rate[n]).collect();
+    table(&names, &[(VMMS[0], column(0)), (VMMS[1], column(1))]);
     show("The same in percent of what each VMM's guest does without a vIOMMU:");
-    let column = |n: usize| rates.iter().map(|r| 100.0 * r[n] / rates[0][n]).collect();
-    table(&names, &[("nestling", column(0)), ("QEMU", column(1))]);
+    let alone = |n: usize| rates.first().map_or(f64::NAN, |(_, rate)| rate[n]);
+    let column = |n: usize| {
+        let percent = |(_, rate): &(String, [f64; 2])| 100.0 * rate[n] / alone(n);
+        rates.iter().map(percent).collect()
+    };
+    table(&names, &[(VMMS[0], column(0)), (VMMS[1], column(1))]);
 }
 
 /// A guest of QEMU's.
