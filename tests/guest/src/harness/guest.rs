@@ -46,6 +46,8 @@ pub struct Guest {
     arguments: Vec<String>,
     /// Where nestling takes requests.
     api: Option<PathBuf>,
+    /// How long it may take until its agent answers.
+    boots_within: Duration,
 }
 
 impl Guest {
@@ -64,7 +66,14 @@ impl Guest {
             locked: None,
             arguments: Vec::new(),
             api: None,
+            boots_within: BOOT_LIMIT,
         }
+    }
+
+    /// With so much time until its agent answers: a guest's guest is slow on a busy machine.
+    pub fn boots_within(mut self, limit: Duration) -> Self {
+        self.boots_within = limit;
+        self
     }
 
     /// A guest with the lab's own kernel, which has everything built in and boots fastest.
@@ -217,6 +226,7 @@ impl Guest {
             client: None,
             socket,
             api: self.api.clone(),
+            boots_within: self.boots_within,
             console,
             said,
             kept: lab.logs().join(format!("guest-{number}")),
@@ -268,6 +278,7 @@ pub struct Machine {
     client: Option<Client>,
     socket: PathBuf,
     api: Option<PathBuf>,
+    boots_within: Duration,
     console: PathBuf,
     said: PathBuf,
     /// Where its logs are kept: this and an ending.
@@ -291,7 +302,7 @@ impl Machine {
     fn wait_for_agent(&mut self) -> Result<()> {
         let child = &mut self.child;
         let alive = || matches!(child.try_wait(), Ok(None));
-        match Client::connect(&self.socket, BOOT_LIMIT, alive) {
+        match Client::connect(&self.socket, self.boots_within, alive) {
             Ok(client) => {
                 self.client = Some(client);
                 Ok(())
