@@ -6,7 +6,7 @@
 //! [`MsiVector::route`], so an irqfd stays on for devices behind a vIOMMU.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use viommu::interrupt::Msi;
 use vmm_sys_util::eventfd::EventFd;
@@ -39,4 +39,19 @@ pub trait MsiVector: Send + Sync {
 pub trait IrqLine: Send + Sync {
     /// Raises (`true`) or lowers the line. For an edge-triggered pin the rising edge counts.
     fn set(&self, level: bool);
+}
+
+/// A level-triggered line whose device cannot be asked for its level, but interrupts again if it
+/// is not content (VFIO's INTx).
+pub trait LevelLine: IrqLine {
+    /// Has `observer` told of each end of an interrupt of this line. One observer at a time: the
+    /// last one named.
+    fn watch(&self, observer: Weak<dyn EndOfInterrupt>);
+}
+
+/// Who is told that the guest ended an interrupt.
+pub trait EndOfInterrupt: Send + Sync {
+    /// The guest ended one. If the line is high after this, it interrupts again. Called on vCPU
+    /// threads, with nothing locked.
+    fn ended(&self);
 }

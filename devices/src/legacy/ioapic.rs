@@ -5,12 +5,12 @@
 //! the MSI that it stands for, with the remappable format's bits where they are; whoever remaps
 //! stands behind the [`IoapicSink`].
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use viommu::interrupt::Msi;
 
 use crate::bus::BusDevice;
-use crate::interrupt::IrqLine;
+use crate::interrupt::{EndOfInterrupt, IrqLine, LevelLine};
 
 /// Number of pins.
 pub const PINS: u8 = 24;
@@ -52,6 +52,8 @@ pub trait IoapicSink: Send + Sync {
 pub struct Ioapic {
     sink: Arc<dyn IoapicSink>,
     state: Mutex<State>,
+    /// Who is told of ends of interrupts, by pin. Never held while another lock is taken.
+    observers: Mutex<[Option<Weak<dyn EndOfInterrupt>>; PINS as usize]>,
 }
 
 struct State {
@@ -90,11 +92,12 @@ impl Ioapic {
         Arc::new(Self {
             sink,
             state: Mutex::new(State::new()),
+            observers: Mutex::default(),
         })
     }
 
     /// The line into `pin`; a pin that does not exist leads nowhere.
-    pub fn line(self: &Arc<Self>, pin: u8) -> Arc<dyn IrqLine> {
+    pub fn line(self: &Arc<Self>, pin: u8) -> Arc<dyn LevelLine> {
         Arc::new(Line {
             ioapic: Arc::clone(self),
             pin,
@@ -116,14 +119,30 @@ impl Ioapic {
 
     /// A processor ended an interrupt with `vector`: level-triggered pins that wait for it may
     /// interrupt again. Called for each EOI broadcast.
+    ///
+    /// Their observers are asked first: what they let fall does not interrupt again.
     pub fn end_of_interrupt(&self, vector: u8) {
+        let waits = |at: &Pin| at.entry & REMOTE_IRR != 0 && at.entry & VECTOR == u64::from(vector);
+        let ended: [bool; PINS as usize] = self.state().pins.each_ref().map(waits);
+        for (pin, _) in (0..).zip(ended).filter(|&(_, ended)| ended) {
+            if let Some(observer) = self.observer(pin) {
+                observer.ended();
+            }
+        }
         let mut state = self.state();
-        for (pin, at) in (0..).zip(&mut state.pins) {
-            if at.entry & REMOTE_IRR != 0 && at.entry & VECTOR == u64::from(vector) {
+        for ((pin, at), ended) in (0..).zip(&mut state.pins).zip(ended) {
+            // The guest may have written the entry meanwhile.
+            if ended && waits(at) {
                 at.entry &= !REMOTE_IRR;
                 self.service(pin, at);
             }
         }
+    }
+
+    fn observer(&self, pin: usize) -> Option<Arc<dyn EndOfInterrupt>> {
+        let observers = self.observers.lock();
+        let observers = observers.unwrap_or_else(PoisonError::into_inner);
+        observers.get(pin)?.as_ref()?.upgrade()
     }
 
     /// Back to the state after power-on. The lines keep their levels: they are the devices'.
@@ -271,6 +290,16 @@ impl IrqLine for Line {
     }
 }
 
+impl LevelLine for Line {
+    fn watch(&self, observer: Weak<dyn EndOfInterrupt>) {
+        let observers = self.ioapic.observers.lock();
+        let mut observers = observers.unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_pin) = observers.get_mut(usize::from(self.pin)) {
+            *of_pin = Some(observer);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -385,6 +414,50 @@ mod tests {
         ioapic.write(0x40, &0x40u32.to_le_bytes()); // directed EOI
         assert_eq!(count(&recorder), 2, "the line is low");
         assert_eq!(read_register(&ioapic, 0x10 + 18) & REMOTE_IRR as u32, 0);
+    }
+
+    /// A device: as often as it is told of an end, the line falls, and rises while there is work.
+    struct Device {
+        line: Arc<dyn LevelLine>,
+        work: Mutex<u32>,
+    }
+
+    impl EndOfInterrupt for Device {
+        fn ended(&self) {
+            self.line.set(false);
+            let mut work = self.work.lock().unwrap();
+            *work -= 1;
+            if *work > 0 {
+                self.line.set(true);
+            }
+        }
+    }
+
+    #[test]
+    fn who_watches_a_line_lets_it_fall_before_it_can_interrupt_again() {
+        let (recorder, ioapic) = ioapic();
+        program(&ioapic, 16, LEVEL | 0x40);
+        let device: Arc<dyn EndOfInterrupt> = Arc::new(Device {
+            line: ioapic.line(16),
+            work: Mutex::new(2),
+        });
+        ioapic.line(16).watch(Arc::downgrade(&device));
+        ioapic.set(16, true);
+        assert_eq!(count(&recorder), 1);
+        ioapic.end_of_interrupt(0x41);
+        assert_eq!(count(&recorder), 1, "another vector's EOI");
+        ioapic.end_of_interrupt(0x40);
+        assert_eq!(count(&recorder), 2, "it had more to do: once, not twice");
+        ioapic.end_of_interrupt(0x40);
+        assert_eq!(count(&recorder), 2, "it is content");
+        drop(device);
+        ioapic.set(16, true);
+        ioapic.end_of_interrupt(0x40);
+        assert_eq!(
+            count(&recorder),
+            4,
+            "nobody watches: high until it is lowered"
+        );
     }
 
     #[test]

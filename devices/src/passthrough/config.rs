@@ -7,7 +7,7 @@
 //!
 //! | what | where |
 //! |---|---|
-//! | header: BARs, capability pointer, interrupt pin and line, multi-function bit, ROM | kept |
+//! | header: BARs, expansion ROM, capability pointer, interrupt pin and line, multi-function bit | kept |
 //! | Command: decoding | kept, and written to the hardware too |
 //! | MSI, MSI-X | kept, at their places |
 //! | PCI Express: port type (integrated endpoint), links, End-End TLP prefix | kept |
@@ -17,6 +17,8 @@
 //! | SR-IOV, resizable BARs, ARI, TPH, DPC, … | hidden: they are the host's to use |
 //! | everything else | the hardware's |
 #![forbid(unsafe_code)]
+
+use std::ops::RangeInclusive;
 
 use crate::pci::{Bar, BarKind, Decoded, Space};
 
@@ -35,6 +37,12 @@ const EXTENDED: u16 = 0x100;
 
 const COMMAND_IO: u16 = 1;
 const COMMAND_MEMORY: u16 = 2;
+/// Expansion ROM Enable.
+const ROM_ENABLE: u32 = 1;
+/// What an expansion ROM may have: its address has 21 bits at most.
+const ROM_LENGTHS: RangeInclusive<u64> = 1 << 11..=1 << 24;
+/// The number that the expansion ROM has beside the six registers, as VFIO counts.
+pub const ROM_BAR: u8 = 6;
 
 /// Standard capabilities that the guest sees.
 mod standard {
@@ -74,7 +82,7 @@ pub struct Offer {
     pub ats: bool,
     /// Page requests, if the device has them.
     pub pri: bool,
-    /// Interrupt pin (1: INTA); 0 for none. Offered only to a function without MSI and MSI-X.
+    /// Interrupt pin (1: INTA); 0 for none.
     pub pin: u8,
 }
 
@@ -176,6 +184,8 @@ pub struct GuestConfig {
     /// Kept bits that the guest writes.
     writable: Box<[u8; SIZE]>,
     bars: Vec<Bar>,
+    /// Bytes of the expansion ROM; 0 for none.
+    rom: u64,
     msi: Option<MsiPlace>,
     msix: Option<MsixPlace>,
     pri: Option<u16>,
@@ -187,13 +197,16 @@ pub struct GuestConfig {
 
 impl GuestConfig {
     /// The view of a function whose configuration space is `raw` and whose base address registers
-    /// have the lengths that VFIO says (0: none).
-    pub fn new(raw: &[u8; SIZE], lengths: [u64; 6], offer: Offer) -> Self {
+    /// and expansion ROM have the lengths that VFIO says (0: none).
+    pub fn new(raw: &[u8; SIZE], lengths: [u64; 7], offer: Offer) -> Self {
+        let [bar_lengths @ .., rom] = lengths;
+        let can_be = rom.is_power_of_two() && ROM_LENGTHS.contains(&rom);
         let mut view = Self {
             bytes: Box::new([0; SIZE]),
             kept: Box::new([0; SIZE]),
             writable: Box::new([0; SIZE]),
-            bars: bars(raw, lengths),
+            bars: bars(raw, bar_lengths),
+            rom: if can_be { rom } else { 0 },
             msi: None,
             msix: None,
             pri: None,
@@ -228,12 +241,13 @@ impl GuestConfig {
                 &bar.mask().to_le_bytes()[..bytes],
             );
         }
-        // No ROM: kernels are loaded directly, and no firmware runs one.
-        self.keep(ROM, &[0; 4], &[]);
-        let has_messages = self.msi.is_some() || self.msix.is_some();
-        let pin = if has_messages { 0 } else { offer.pin };
+        let rom = match self.rom {
+            0 => 0,
+            length => !(length as u32 - 1) | ROM_ENABLE,
+        };
+        self.keep(ROM, &[0; 4], &rom.to_le_bytes());
         self.keep(INTERRUPT_LINE, &[0], &[0xff]);
-        self.keep(INTERRUPT_PIN, &[pin], &[]);
+        self.keep(INTERRUPT_PIN, &[offer.pin], &[]);
     }
 
     /// Relinks the standard capabilities, at their own places.
@@ -479,7 +493,9 @@ impl GuestConfig {
             self.bytes[status] = self.bytes[status] & !stopped | if enabled { 0 } else { stopped };
         }
         Written {
-            decode: touches(COMMAND, COMMAND + 2) || touches(BARS, BARS + 24),
+            decode: touches(COMMAND, COMMAND + 2)
+                || touches(BARS, BARS + 24)
+                || touches(ROM, ROM + 4),
             msi: self
                 .msi
                 .is_some_and(|msi| touches(msi.at + 2, msi.at + msi.length())),
@@ -515,23 +531,28 @@ impl GuestConfig {
         self.bars.iter().map(with).collect()
     }
 
-    /// The ranges that are answered.
+    /// The ranges that are answered. The expansion ROM is among them while it is enabled.
     pub fn decoded(&self) -> Vec<Decoded> {
         let command = self.word(COMMAND);
         let on = |bar: &&Bar| match bar.space() {
             Space::Mmio => command & COMMAND_MEMORY != 0,
             Space::Pio => command & COMMAND_IO != 0,
         };
-        self.bars
-            .iter()
-            .filter(on)
-            .map(|bar| Decoded {
-                space: bar.space(),
-                base: self.address(bar),
-                length: bar.length,
-                bar: bar.index,
-            })
-            .collect()
+        let bars = self.bars.iter().filter(on).map(|bar| Decoded {
+            space: bar.space(),
+            base: self.address(bar),
+            length: bar.length,
+            bar: bar.index,
+        });
+        let rom = self.dword(ROM);
+        let rom_is_on = self.rom != 0 && command & COMMAND_MEMORY != 0 && rom & ROM_ENABLE != 0;
+        let rom = rom_is_on.then(|| Decoded {
+            space: Space::Mmio,
+            base: u64::from(rom & !ROM_ENABLE),
+            length: self.rom,
+            bar: ROM_BAR,
+        });
+        bars.chain(rom).collect()
     }
 
     /// Puts a register at `address`.

@@ -34,7 +34,7 @@ pub(in super::super) fn nvme() -> [u8; SIZE] {
     raw
 }
 
-pub(in super::super) const LENGTHS: [u64; 6] = [0x4000, 0, 0x20, 0, 0, 0];
+pub(in super::super) const LENGTHS: [u64; 7] = [0x4000, 0, 0x20, 0, 0, 0, 0x1_0000];
 
 const ALL: Offer = Offer {
     pasid: Some(OfferedPasid {
@@ -142,7 +142,7 @@ fn pasid_is_put_back_with_the_hosts_width_where_nothing_is() {
 #[test]
 fn a_function_without_extended_space_gets_an_empty_first_entry_or_the_capability_itself() {
     let raw = [0; SIZE];
-    let view = GuestConfig::new(&raw, [0; 6], ALL);
+    let view = GuestConfig::new(&raw, [0; 7], ALL);
     let guest = Guest { raw, view };
     let found = guest.extended();
     assert_eq!(found[0].1, 0x100);
@@ -191,8 +191,6 @@ fn bars_are_sized_here_and_not_by_the_hardware() {
     assert_eq!(guest.read(0x18), 0xffe1);
     guest.write(0x1c, u32::MAX);
     assert_eq!(guest.read(0x1c), 0, "not implemented");
-    guest.write(0x30, u32::MAX);
-    assert_eq!(guest.read(0x30), 0, "no ROM");
 }
 
 #[test]
@@ -218,10 +216,12 @@ fn decoding_is_the_guests_and_the_hardware_follows() {
 }
 
 #[test]
-fn a_function_that_sends_messages_has_no_line_and_is_alone_in_its_slot() {
+fn a_function_has_the_pin_that_it_is_offered_and_is_alone_in_its_slot() {
     let guest = Guest::new(ALL);
-    assert_eq!(guest.read(0x3c) & 0xffff, 0);
+    assert_eq!(guest.read(0x3c) & 0xffff, 0x0100);
     assert_eq!(guest.read(0x0c) >> 16 & 0xff, 0);
+    let without = Guest::new(Offer { pin: 0, ..ALL });
+    assert_eq!(without.read(0x3c) & 0xffff, 0);
     let mut raw = nvme();
     raw[0x06] = 0; // no capabilities
     let view = GuestConfig::new(&raw, LENGTHS, ALL);
@@ -308,5 +308,56 @@ proptest! {
         for decoded in guest.view.decoded() {
             prop_assert!(decoded.length.is_power_of_two());
         }
+    }
+}
+
+#[test]
+fn the_rom_is_sized_placed_and_answered_only_while_it_and_memory_are_enabled() {
+    let mut guest = Guest::new(ALL);
+    assert_eq!(guest.read(0x30), 0, "the host's address is not the guest's");
+    // Linux sizes it with the enable bit left out.
+    guest.write(0x30, 0xffff_f800);
+    assert_eq!(guest.read(0x30), 0xffff_0000, "64 KiB");
+    guest.write(0x30, u32::MAX);
+    assert_eq!(guest.read(0x30), 0xffff_0001);
+    assert!(guest.write(0x30, 0xd123_0000).decode);
+    guest.write(0x04, 2);
+    let rom = |guest: &Guest| {
+        guest
+            .view
+            .decoded()
+            .into_iter()
+            .find(|at| at.bar == ROM_BAR)
+    };
+    assert_eq!(rom(&guest), None, "not enabled");
+    guest.write(0x30, 0xd123_0001);
+    let at = Decoded {
+        space: Space::Mmio,
+        base: 0xd123_0000,
+        length: 0x1_0000,
+        bar: ROM_BAR,
+    };
+    assert_eq!(rom(&guest), Some(at));
+    guest.write(0x04, 0);
+    assert_eq!(rom(&guest), None, "memory is off");
+    guest.write(0x04, 2);
+    guest.view.reset();
+    assert_eq!(guest.read(0x30), 0);
+}
+
+#[test]
+fn without_a_rom_or_with_an_impossible_one_its_register_is_empty() {
+    for length in [0, 1 << 10, 3 << 12, 1 << 25] {
+        let mut lengths = LENGTHS;
+        lengths[6] = length;
+        let raw = nvme();
+        let mut guest = Guest {
+            view: GuestConfig::new(&raw, lengths, ALL),
+            raw,
+        };
+        guest.write(0x04, 2);
+        guest.write(0x30, u32::MAX);
+        assert_eq!(guest.read(0x30), 0, "{length:#x}");
+        assert!(guest.view.decoded().iter().all(|at| at.bar != ROM_BAR));
     }
 }

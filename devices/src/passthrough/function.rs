@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::config::{GuestConfig, Offer, SIZE, Written};
+use super::config::{GuestConfig, Offer, ROM_BAR, SIZE, Written};
 use super::layout;
 use super::line::Line;
 use super::vfio::{CONFIG, Hardware, Irq, Mapping, borrow};
 use crate::counters;
 use crate::counters::Counters;
-use crate::interrupt::{IrqLine, MsiSource, MsiVector};
+use crate::interrupt::{LevelLine, MsiSource, MsiVector};
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msi::MsiCapability;
 use crate::pci::msix::Msix;
@@ -62,8 +62,8 @@ impl PeerMemory for viommu::backend::iommufd::HostIommu {
 pub struct Connections<'a> {
     /// Its messages.
     pub messages: &'a dyn MsiSource,
-    /// Its line, for a function without messages.
-    pub line: Option<Arc<dyn IrqLine>>,
+    /// Its line, for as long as its driver enables no messages.
+    pub line: Option<Arc<dyn LevelLine>>,
     /// Memory slots.
     pub direct: Arc<dyn DirectMemory>,
     /// Where other devices can reach it; `None` without P2P.
@@ -150,13 +150,10 @@ impl VfioPci {
         for (at, dword) in (0..).step_by(4).zip(raw[..length].chunks_exact_mut(4)) {
             hardware.read(CONFIG, at, dword)?;
         }
-        let regions: [_; 6] = std::array::from_fn(|index| hardware.region(index as u32));
+        let regions: [_; 7] = std::array::from_fn(|index| hardware.region(index as u32));
         let lengths = regions.each_ref().map(|region| region.length);
-        let pin = if connections.line.is_some() {
-            offer.pin
-        } else {
-            0
-        };
+        let has_line = connections.line.is_some() && hardware.interrupts(Irq::Intx) > 0;
+        let pin = if has_line { offer.pin } else { 0 };
         let config = GuestConfig::new(&raw, lengths, Offer { pin, ..offer });
         let msi = match config.msi_place() {
             Some(place) => Some(MsiState::new(place.count, connections.messages)?),
@@ -187,12 +184,9 @@ impl VfioPci {
                 }
             }
         }
-        let has_messages = msi.is_some() || msix.is_some();
-        let line = match connections.line.filter(|_| !has_messages && offer.pin != 0) {
-            Some(line) if hardware.interrupts(Irq::Intx) > 0 => {
-                Some(Line::start(hardware.clone(), line)?)
-            }
-            _ => None,
+        let line = match connections.line.filter(|_| has_line && offer.pin != 0) {
+            Some(line) => Some(Line::start(hardware.clone(), line)?),
+            None => None,
         };
         let this = Self {
             state: Mutex::new(State {
@@ -252,11 +246,7 @@ impl VfioPci {
         if wanted == state.connected {
             return;
         }
-        if let Some(old) = state.connected.take()
-            && let Err(error) = self.hardware.connect(old.irq(), &[])
-        {
-            log::warn!("interrupts are not disabled: {error}");
-        }
+        self.disconnect(state);
         let vectors = match (wanted, &self.msix, &state.msi) {
             (Some(Connected::Msix), Some(msix), _) => (0..msix.count())
                 .map_while(|index| msix.vector(index))
@@ -276,10 +266,26 @@ impl VfioPci {
         let Some(wanted) = wanted else {
             return;
         };
+        if let (Connected::Line, Some(line)) = (wanted, &self.line) {
+            line.turn(true);
+        }
         match self.hardware.connect(wanted.irq(), &fds) {
             Ok(()) => state.connected = Some(wanted),
             // The device does not interrupt; the guest's driver times out and says so.
             Err(error) => log::warn!("the host has no interrupts for a device: {error}"),
+        }
+    }
+
+    /// Ends what the hardware interrupts with.
+    fn disconnect(&self, state: &mut State) {
+        let Some(old) = state.connected.take() else {
+            return;
+        };
+        if let Err(error) = self.hardware.connect(old.irq(), &[]) {
+            log::warn!("interrupts are not disabled: {error}");
+        }
+        if let (Connected::Line, Some(line)) = (old, &self.line) {
+            line.turn(false);
         }
     }
 
@@ -306,11 +312,7 @@ impl VfioPci {
         if let Some(msix) = &self.msix {
             msix.reset();
         }
-        if let Some(old) = state.connected.take()
-            && let Err(error) = self.hardware.connect(old.irq(), &[])
-        {
-            log::warn!("interrupts are not disabled: {error}");
-        }
+        self.disconnect(state);
         if let Err(error) = self.hardware.reset() {
             log::warn!("a device was not reset: {error}");
             // Then at least it does no DMA of its own accord.
@@ -468,6 +470,7 @@ impl PciFunction for VfioPci {
         match (self.in_tables(bar, offset, data.len()), &self.msix) {
             (Some((true, into)), Some(msix)) => msix.table_write(into, data),
             (Some((false, _)), _) => {}
+            _ if bar == ROM_BAR => {}
             _ => {
                 if let Err(error) = self.hardware.write(bar.into(), offset, data) {
                     log::debug!("BAR {bar} at {offset:#x}: {error}");

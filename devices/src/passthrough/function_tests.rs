@@ -1,3 +1,4 @@
+use std::sync::Weak;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use vmm_sys_util::tempfile::TempFile;
 use super::super::config::tests::{LENGTHS, nvme};
 use super::super::vfio::Region;
 use super::*;
+use crate::interrupt::{EndOfInterrupt, IrqLine};
 
 /// A device of memory, which records what is asked of it.
 struct Fake {
@@ -69,7 +71,7 @@ impl Hardware for Fake {
     fn region(&self, region: u32) -> Region {
         let length = match region {
             CONFIG => 4096,
-            0..=5 => LENGTHS[region as usize],
+            0..=6 => LENGTHS[region as usize],
             _ => 0,
         };
         let mappable = if region == 0 {
@@ -179,7 +181,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(fake: Fake, line: Option<Arc<dyn IrqLine>>) -> Self {
+    fn new(fake: Fake, line: Option<Arc<dyn LevelLine>>) -> Self {
         let fake = Arc::new(fake);
         let source = Source::default();
         let (slots, peers) = (Arc::<Slots>::default(), Arc::<Slots>::default());
@@ -361,45 +363,104 @@ fn a_function_level_reset_resets_the_device_and_all_that_the_guest_had_set() {
     assert_eq!(bench.fake.resets.load(Ordering::SeqCst), 2);
 }
 
+/// A pin whose observer is the test's to call.
 #[derive(Default)]
-struct Pin(Mutex<Vec<bool>>);
+struct Pin {
+    levels: Mutex<Vec<bool>>,
+    observer: Mutex<Option<Weak<dyn EndOfInterrupt>>>,
+}
 
-impl IrqLine for Pin {
-    fn set(&self, level: bool) {
-        self.0.lock().unwrap().push(level);
+impl Pin {
+    fn levels(&self) -> Vec<bool> {
+        self.levels.lock().unwrap().clone()
+    }
+
+    fn end(&self) {
+        let observer = self.observer.lock().unwrap().clone();
+        observer.unwrap().upgrade().unwrap().ended();
     }
 }
 
-#[test]
-fn a_line_is_held_up_until_the_device_lets_go_and_is_then_unmasked() {
+impl IrqLine for Pin {
+    fn set(&self, level: bool) {
+        self.levels.lock().unwrap().push(level);
+    }
+}
+
+impl LevelLine for Pin {
+    fn watch(&self, observer: Weak<dyn EndOfInterrupt>) {
+        *self.observer.lock().unwrap() = Some(observer);
+    }
+}
+
+/// A function with a line, and its pin.
+fn with_line() -> (Bench, Arc<Pin>) {
     let fake = Fake {
         intx: true,
         ..Fake::new()
     };
-    fake.config.lock().unwrap()[0x06] = 0x08; // no capabilities; interrupt status
     let pin = Arc::new(Pin::default());
-    let bench = Bench::new(fake, Some(pin.clone()));
+    (Bench::new(fake, Some(pin.clone())), pin)
+}
+
+fn until(done: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The device interrupts, as VFIO says it.
+fn interrupt(bench: &Bench) {
+    let line = bench.function.line.as_ref().unwrap();
+    line.event().write(1).unwrap();
+}
+
+#[test]
+fn a_line_is_high_until_the_guest_ends_the_interrupt_and_is_then_unmasked() {
+    let (bench, pin) = with_line();
+    let unmasked = || bench.fake.unmasked.load(Ordering::SeqCst);
     assert_eq!(bench.fake.vectors(Irq::Intx), 1);
-    bench
-        .function
-        .line
-        .as_ref()
-        .unwrap()
-        .event()
-        .write(1)
-        .unwrap();
-    let until = |done: &dyn Fn() -> bool| {
-        let end = Instant::now() + Duration::from_secs(10);
-        while !done() {
-            assert!(Instant::now() < end);
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    };
-    until(&|| *pin.0.lock().unwrap() == [true]);
-    assert_eq!(bench.fake.unmasked.load(Ordering::SeqCst), 0);
-    bench.fake.config.lock().unwrap()[0x06] = 0;
-    until(&|| bench.fake.unmasked.load(Ordering::SeqCst) == 1);
-    assert_eq!(*pin.0.lock().unwrap(), [true, false]);
+    pin.end();
+    assert_eq!((pin.levels(), unmasked()), (vec![], 0), "it was not high");
+    interrupt(&bench);
+    until(|| pin.levels() == [true]);
+    assert_eq!(unmasked(), 0);
+    pin.end();
+    assert_eq!((pin.levels(), unmasked()), (vec![true, false], 1));
+    interrupt(&bench);
+    until(|| pin.levels() == [true, false, true]);
+}
+
+#[test]
+fn a_line_falls_when_messages_take_over_and_with_a_reset() {
+    let (bench, pin) = with_line();
+    let unmasked = || bench.fake.unmasked.load(Ordering::SeqCst);
+    interrupt(&bench);
+    until(|| pin.levels() == [true]);
+    bench.write(0xb2, &0x8000u16.to_le_bytes());
+    assert_eq!(pin.levels(), [true, false]);
+    pin.end();
+    assert_eq!(unmasked(), 0, "the line is not in use");
+    bench.write(0xb2, &0u16.to_le_bytes());
+    interrupt(&bench);
+    until(|| pin.levels() == [true, false, true]);
+    let _ = bench.function.reset();
+    assert_eq!(pin.levels(), [true, false, true, false]);
+    assert_eq!(bench.fake.vectors(Irq::Intx), 1, "and serves again");
+}
+
+#[test]
+fn a_line_serves_until_messages_are_enabled_and_again_after_them() {
+    let (bench, _) = with_line();
+    let connected = || (bench.fake.vectors(Irq::Intx), bench.fake.vectors(Irq::Msix));
+    assert_eq!(connected(), (1, 0));
+    bench.write(0xb2, &0x8000u16.to_le_bytes());
+    assert_eq!(connected().0, 0, "both at once");
+    assert_ne!(connected().1, 0);
+    bench.write(0xb2, &0u16.to_le_bytes());
+    assert_eq!(connected(), (1, 0));
 }
 
 #[test]
@@ -417,4 +478,21 @@ fn a_guest_that_writes_anything_anywhere_breaks_only_itself() {
         let _ = bench.function.bar_write(0, offset, &[0xff; 8]);
     }
     let _ = bench.function.reset();
+}
+
+#[test]
+fn the_rom_is_read_from_the_device_and_never_written() {
+    let bench = Bench::new(Fake::new(), None);
+    bench.fake.bar.lock().unwrap()[..4].copy_from_slice(&[0x55, 0xaa, 7, 8]);
+    bench.write(0x30, &0xd123_0001u32.to_le_bytes());
+    bench.write(0x04, &2u16.to_le_bytes());
+    let decoded = bench.function.decoded();
+    assert!(decoded.iter().any(|at| at.bar == ROM_BAR));
+    let mut data = [0; 4];
+    bench.function.bar_read(ROM_BAR, 0, &mut data);
+    assert_eq!(data, [0x55, 0xaa, 7, 8]);
+    let _ = bench.function.bar_write(ROM_BAR, 0, &[0; 4]);
+    assert_eq!(bench.fake.bar.lock().unwrap()[..2], [0x55, 0xaa]);
+    bench.function.bar_read(ROM_BAR, 0x8000, &mut data);
+    assert_eq!(data, [0xff; 4], "the device has nothing there");
 }

@@ -1,44 +1,59 @@
-//! The interrupt line of a device that has nothing better.
+//! The interrupt line (INTx) of a device whose driver uses nothing better.
 //!
-//! VFIO masks the line whenever it interrupts, and tells by an eventfd. The line is then held up
-//! for the guest until the device itself lets go of it (Interrupt Status in its Status register),
-//! and unmasked. The device's word is asked for rather than the guest's end of interrupt, so that
-//! it does not matter which interrupt controller the guest uses and how.
+//! VFIO masks the line whenever the device interrupts, and tells by an eventfd. The guest's pin is
+//! high from then on until the guest ends the interrupt: it falls, and VFIO unmasks the line. A
+//! device that still asks for attention is told of again at once.
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::vfio::{CONFIG, Hardware};
-use crate::interrupt::IrqLine;
-
-const STATUS: u64 = 6;
-const STATUS_INTERRUPT: u16 = 1 << 3;
-
-/// How often the device is asked while its line is up.
-const PERIOD: Duration = Duration::from_micros(100);
+use super::vfio::Hardware;
+use crate::interrupt::{EndOfInterrupt, LevelLine};
 
 pub(super) struct Line {
-    event: Arc<EventFd>,
+    shared: Arc<Shared>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
+struct Shared {
+    event: EventFd,
+    hardware: Arc<dyn Hardware>,
+    line: Arc<dyn LevelLine>,
+    /// Held across each change of the pin, so that both sides agree on what it is.
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The device interrupts by its line.
+    on: bool,
+    /// The pin is high, and VFIO holds the line masked.
+    high: bool,
+}
+
 impl Line {
-    pub(super) fn start(hardware: Arc<dyn Hardware>, line: Arc<dyn IrqLine>) -> io::Result<Self> {
-        let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
+    pub(super) fn start(hardware: Arc<dyn Hardware>, line: Arc<dyn LevelLine>) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            event: EventFd::new(libc::EFD_NONBLOCK)?,
+            hardware,
+            line,
+            state: Mutex::default(),
+        });
+        let its_end: Arc<dyn EndOfInterrupt> = shared.clone();
+        shared.line.watch(Arc::downgrade(&its_end));
         let stop = Arc::new(AtomicBool::new(false));
         let epoll = Epoll::new()?;
         let interest = EpollEvent::new(EventSet::IN, 0);
-        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
-        let (raised, stopped) = (event.clone(), stop.clone());
+        epoll.ctl(ControlOperation::Add, shared.event.as_raw_fd(), interest)?;
+        let (its, stopped) = (shared.clone(), stop.clone());
         let thread = viommu::thread::spawn("interrupt-line", move || {
             let mut events = [EpollEvent::default()];
             while !stopped.load(Ordering::Acquire) {
@@ -48,13 +63,13 @@ impl Line {
                     }
                     _ => {}
                 }
-                if raised.read().is_ok() {
-                    hold(&*hardware, &*line, &stopped);
+                if its.event.read().is_ok() {
+                    its.raise();
                 }
             }
         })?;
         Ok(Self {
-            event,
+            shared,
             stop,
             thread: Some(thread),
         })
@@ -62,31 +77,52 @@ impl Line {
 
     /// What VFIO signals.
     pub(super) fn event(&self) -> &EventFd {
-        &self.event
+        &self.shared.event
+    }
+
+    /// The device interrupts by its line from now on, or no longer: then the pin is low, whatever
+    /// is still under way.
+    pub(super) fn turn(&self, on: bool) {
+        let mut state = self.shared.state();
+        state.on = on;
+        if !on && std::mem::take(&mut state.high) {
+            self.shared.line.set(false);
+        }
     }
 }
 
-/// Holds the line up until the device lets go of it.
-fn hold(hardware: &dyn Hardware, line: &dyn IrqLine, stopped: &AtomicBool) {
-    let is_up = || {
-        let mut status = [0; 2];
-        let read = hardware.read(CONFIG, STATUS, &mut status);
-        read.is_ok() && u16::from_le_bytes(status) & STATUS_INTERRUPT != 0
-    };
-    line.set(true);
-    while is_up() && !stopped.load(Ordering::Acquire) {
-        std::thread::sleep(PERIOD);
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    line.set(false);
-    if let Err(error) = hardware.unmask_line() {
-        log::debug!("an interrupt line stays masked: {error}");
+
+    fn raise(&self) {
+        let mut state = self.state();
+        if state.on {
+            state.high = true;
+            self.line.set(true);
+        }
+    }
+}
+
+impl EndOfInterrupt for Shared {
+    fn ended(&self) {
+        let mut state = self.state();
+        if std::mem::take(&mut state.high) {
+            // In this order: the device may interrupt as soon as it is unmasked.
+            self.line.set(false);
+            if let Err(error) = self.hardware.unmask_line() {
+                log::debug!("an interrupt line stays masked: {error}");
+            }
+        }
     }
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
+        self.turn(false);
         self.stop.store(true, Ordering::Release);
-        if self.event.write(1).is_ok()
+        if self.shared.event.write(1).is_ok()
             && let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

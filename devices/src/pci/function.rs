@@ -27,7 +27,7 @@ pub struct Decoded {
     pub base: u64,
     /// Bytes, a power of two.
     pub length: u64,
-    /// The base address register, 0 to 5 (the lower one of a 64-bit pair).
+    /// The base address register, 0 to 5 (the lower one of a 64-bit pair); 6 is the expansion ROM.
     pub bar: u8,
 }
 
@@ -64,11 +64,13 @@ pub trait PciFunction: Send + Sync {
     /// Writes configuration space; offset and length as in [`config_read`](Self::config_read).
     fn config_write(&self, offset: u16, data: &[u8]) -> Effect;
 
-    /// The ranges that the function answers now, no more than one per base address register.
+    /// The ranges that the function answers now, no more than one per base address register and
+    /// one of its expansion ROM.
     fn decoded(&self) -> Vec<Decoded>;
 
     /// What each implemented base address register is, for address assignment: register number,
-    /// kind, length in bytes and the address it holds (0: none yet).
+    /// kind, length in bytes and the address it holds (0: none yet). An expansion ROM is the guest's
+    /// to place.
     fn bars(&self) -> Vec<(super::Bar, u64)>;
 
     /// Puts a base address register at `address`, as firmware does before the guest runs. It is

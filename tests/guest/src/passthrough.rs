@@ -5,6 +5,7 @@
 //! mirrors; asking for first-stage tables is refused before the guest starts.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -123,6 +124,10 @@ fn without_viommu(lab: &Lab) -> Result<()> {
         before == after,
         "before the reboot the drive had {before}, now it has {after}"
     );
+    drive_keeps(&mut guest)?;
+    without_messages(&mut guest)?;
+    drive_keeps(&mut guest)?;
+    function_level_reset(&mut guest)?;
     drive_keeps(&mut guest)?;
     guest.power_off()?;
     Ok(())
@@ -247,6 +252,7 @@ fn network(lab: &Lab, cmdline: &str, unit: &str, wanted: &str, length: u64) -> R
     });
     let peer = peer.context("the host has no interface on the card's wire")?;
     let peer = peer.file_name().to_string_lossy().into_owned();
+    let rom = rom(card.sysfs())?;
     let configured = Command::new("sh")
         .args(["-c", &format!("ip addr flush dev {peer} && ip addr add {HOST}/24 dev {peer} && ip link set {peer} up")])
         .status()?;
@@ -262,6 +268,13 @@ fn network(lab: &Lab, cmdline: &str, unit: &str, wanted: &str, length: u64) -> R
     ensure!(
         found == wanted || unit != "type=virtio" && found.trim_end_matches("-FQ") == wanted,
         "the group has the type {found}"
+    );
+    let seen = guest.run(
+        "cd /sys/bus/pci/drivers/e1000e/0000:*; echo 1 > rom; sha256sum < rom; echo 0 > rom",
+    )?;
+    ensure!(
+        seen.trim() == rom,
+        "the host reads the ROM with the sum {rom}, the guest with {seen}"
     );
     guest.run(&format!(
         "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up"
@@ -285,6 +298,25 @@ fn network(lab: &Lab, cmdline: &str, unit: &str, wanted: &str, length: u64) -> R
     }
     guest.power_off()?;
     Ok(())
+}
+
+/// The sum of the expansion ROM of the host's device at `sysfs`, as the host's kernel reads it.
+fn rom(sysfs: &Path) -> Result<String> {
+    let output = Command::new("sh")
+        .arg("-c")
+        .arg(
+            "cd $0 && echo 1 > rom && head -c 2 rom | od -An -tx1 && sha256sum < rom; echo 0 > rom",
+        )
+        .arg(sysfs)
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let (signature, sum) = said.trim().split_once('\n').unwrap_or_default();
+    ensure!(
+        signature.trim() == "55 aa",
+        "the card has no ROM for the host: {said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(sum.trim().to_owned())
 }
 
 /// The one device behind the vIOMMU is in a group of this type; "DMA" stands for flushed at once
@@ -350,6 +382,22 @@ fn function_level_reset(guest: &mut Machine) -> Result<()> {
     ensure!(
         methods.split_whitespace().any(|method| method == "flr"),
         "the drive has no function-level reset for the guest, only {methods}"
+    );
+    Ok(())
+}
+
+/// Takes messages away from the drive's driver, which then has the interrupt line.
+fn without_messages(guest: &mut Machine) -> Result<()> {
+    let interrupts = guest.run_within(
+        SLOW,
+        "cd /sys/bus/pci/drivers/nvme; d=$(ls -d 0000:*); echo 0 > $d/msi_bus; \
+         echo $d > unbind && echo $d > bind; \
+         for i in $(seq 100); do [ -b /dev/nvme0n1 ] && break; sleep 0.1; done; \
+         grep nvme /proc/interrupts",
+    )?;
+    ensure!(
+        interrupts.contains("IO-APIC") && !interrupts.contains("MSI"),
+        "the drive does not use its line: {interrupts}"
     );
     Ok(())
 }

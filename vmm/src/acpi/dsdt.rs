@@ -72,9 +72,25 @@ fn pci_root(platform: &Platform<'_>) -> Vec<u8> {
             // Memory is coherent with device DMA.
             &Name::new("_CCA".into(), &ONE),
             &Name::new("_CRS".into(), &resources),
+            &interrupt_lines(platform),
             &operating_system_capabilities(),
         ],
     ))
+}
+
+/// `_PRT` (ACPI 6.5, 6.2.13): INTA of each device that may have a line, each with a GSI of its own.
+fn interrupt_lines(platform: &Platform<'_>) -> RawAml {
+    /// Any function.
+    const FUNCTIONS: u32 = 0xffff;
+    const INTA: u8 = 0;
+    let lines = platform.interrupt_lines.iter().map(|(device, gsi)| {
+        let address = u32::from(*device) << 16 | FUNCTIONS;
+        // No link device: the fourth element is the GSI.
+        RawAml(bytes(&Package::new(vec![&address, &INTA, &ZERO, gsi])))
+    });
+    let lines: Vec<RawAml> = lines.collect();
+    let package = Package::new(lines.iter().map(|line| line as &dyn Aml).collect());
+    RawAml(bytes(&Name::new("_PRT".into(), &package)))
 }
 
 /// `_OSC` (PCI Firmware 3.3, 4.5.1): the guest gets everything but native hot-plug and SHPC, which

@@ -45,6 +45,8 @@ pub struct Platform<'a> {
     pub power_button_gsi: u32,
     /// The hot-plug registers.
     pub hotplug: Hotplug,
+    /// PCI device numbers of bus 0 and the GSIs of their interrupt lines.
+    pub interrupt_lines: &'a [(u8, u32)],
     /// The serial port's first port and GSI.
     pub serial: (u16, u32),
     /// Complete tables to add to the XSDT.
@@ -202,6 +204,7 @@ mod tests {
                     gsi: 6,
                     slots: 0x7fff_fffe,
                 },
+                interrupt_lines: &[(16, 16), (17, 17)],
                 serial: (0x3f8, 4),
                 extra,
             },

@@ -132,7 +132,7 @@ pub(super) struct OfHost<'h> {
 
 /// The devices of a VM. Dropping them stops them.
 pub(super) struct Devices {
-    buses: Buses,
+    pub(super) buses: Buses,
     pub(super) root: Arc<PciRoot>,
     pub(super) viommus: Viommus,
     // After `viommus`, which let go of them first.
@@ -327,7 +327,8 @@ impl Devices {
         }
         for (device, config) in waiting.into_iter().zip(&config.devices) {
             let rid = device.rid();
-            let passed = passthrough.connect(device, &self.viommus, &self.interrupts)?;
+            let passed =
+                passthrough.connect(device, &self.viommus, &self.interrupts, &self.buses.ioapic)?;
             let home = self.viommus.home(New::Device(config).behind());
             self.plugged
                 .push(Plugged::new(New::Device(config), rid, home, Some(passed)));

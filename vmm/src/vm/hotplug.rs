@@ -372,14 +372,15 @@ impl Devices {
         progress(Step::Viommu);
         passthrough.place(&waiting, viommus).at(Step::Viommu)?;
         progress(Step::Function);
-        let passed = match passthrough.connect(waiting, viommus, &self.interrupts) {
-            Ok(passed) => passed,
-            Err(source) => {
-                viommus.remove(rid);
-                let step = step_of(&source).max(Step::Function);
-                return Err(source).at(step);
-            }
-        };
+        let passed =
+            match passthrough.connect(waiting, viommus, &self.interrupts, &self.buses.ioapic) {
+                Ok(passed) => passed,
+                Err(source) => {
+                    viommus.remove(rid);
+                    let step = step_of(&source).max(Step::Function);
+                    return Err(source).at(step);
+                }
+            };
         let home = viommus.home(new.behind());
         Ok(Plugged::new(new, rid, home, Some(passed)))
     }

@@ -467,6 +467,7 @@ fn platform<'a>(
             gsi: devices::HOTPLUG_PIN.into(),
             slots,
         },
+        interrupt_lines: &passthrough::LINES,
         serial: (SerialPort::COM1 as u16, SerialPort::COM1_IRQ.into()),
         extra,
     }

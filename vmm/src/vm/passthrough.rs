@@ -10,6 +10,8 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use devices::interrupt::LevelLine;
+use devices::legacy::Ioapic;
 use devices::passthrough::features::{Switch, Wishes};
 use devices::passthrough::vfio::{Hardware, Irq, OpenError};
 use devices::passthrough::{
@@ -38,6 +40,18 @@ use crate::memory::layout::{BOOT_AREA, Collision, HostReserved};
 /// The first PCI device number that is tried for them, so that other devices have the same place
 /// with and without.
 const FIRST_DEVICE: u8 = 16;
+/// The device numbers of bus 0 that have an interrupt line, and the pins of the I/O APIC where
+/// these end. None is shared, so nobody has to ask several devices whose it was.
+pub(super) const LINES: [(u8, u32); 8] = {
+    let mut lines = [(0, 0); 8];
+    let mut n = 0;
+    while n < lines.len() {
+        let device = FIRST_DEVICE + n as u8;
+        lines[n] = (device, device as u32);
+        n += 1;
+    }
+    lines
+};
 /// Threads that fault guest memory in.
 const MOST_THREADS: usize = 16;
 
@@ -337,6 +351,7 @@ impl Passthrough {
         waiting: Waiting,
         viommus: &Viommus,
         interrupts: &Arc<Interrupts>,
+        ioapic: &Arc<Ioapic>,
     ) -> Result<Passed, PassthroughError> {
         let Waiting {
             config,
@@ -346,10 +361,11 @@ impl Passthrough {
         } = waiting;
         let hardware = admitted.device();
         let has = |irq| hardware.interrupts(irq) > 0;
-        if has(Irq::Intx) && !has(Irq::Msi) && !has(Irq::Msix) {
+        let line = line(slot.rid(), ioapic);
+        if line.is_none() && has(Irq::Intx) && !has(Irq::Msi) && !has(Irq::Msix) {
             log::warn!(
-                "device path={} has an interrupt line only, which the guest is not told of: \
-                 a driver that does not poll will wait in vain",
+                "device path={} has an interrupt line only, and its place in the guest has \
+                 none: a driver that does not poll will wait in vain",
                 config.path.display()
             );
         }
@@ -359,8 +375,7 @@ impl Passthrough {
         let direct: Arc<dyn DirectMemory> = self.slots.clone();
         let connections = Connections {
             messages: &*messages,
-            // The guest is told of no interrupt lines (no _PRT): messages only.
-            line: None,
+            line,
             direct,
             peers: Some(self.host().clone()),
         };
@@ -423,6 +438,13 @@ fn wishes(config: &DeviceConfig) -> Wishes {
         dma_width: config.dma_width,
         pasid_offset: config.pasid_offset,
     }
+}
+
+/// The interrupt line of the device at `rid`, if its place has one.
+fn line(rid: Rid, ioapic: &Arc<Ioapic>) -> Option<Arc<dyn LevelLine>> {
+    let place = LINES.iter().find(|(device, _)| *device == rid.device());
+    let (_, pin) = place.filter(|_| rid.bus() == 0 && rid.function() == 0)?;
+    Some(ioapic.line(u8::try_from(*pin).ok()?))
 }
 
 fn behind(config: &DeviceConfig) -> Behind<'_> {
