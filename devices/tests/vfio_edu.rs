@@ -182,9 +182,9 @@ impl Bench {
             messages: &messages,
             line: None,
             direct: slots.clone(),
-            peers: Some(host.backend().clone()),
+            peers: Some(host.backend().unwrap().clone()),
         };
-        let before = before(host.backend().capabilities());
+        let before = before(host.backend().unwrap().capabilities());
         // A conventional function without PASIDs: never a capability that does nothing.
         let asked = Wishes {
             pasid: Switch::On,
@@ -213,7 +213,7 @@ impl Bench {
     }
 
     fn backend(&self) -> &dyn Backend {
-        &**self.host.backend()
+        &**self.host.backend().unwrap()
     }
 
     fn register(&self, at: u64) -> u64 {
@@ -441,7 +441,7 @@ fn behind_a_viommu_dma_reaches_what_is_mapped_and_nothing_else() {
     bench.backend().release(RID);
     assert_eq!(bench.backend().objects(), Objects::default());
     bench.admitted = None;
-    assert_eq!(bench.host.backend().pasid_bits(RID), 0);
+    assert_eq!(bench.host.backend().unwrap().pasid_bits(RID), 0);
 }
 
 #[test]
@@ -454,7 +454,7 @@ fn a_device_that_is_in_use_is_refused_and_said_to_be() {
     let other = PassthroughHost::open(ram()).unwrap();
     let error = other.admit(RID, &at).unwrap_err();
     eprintln!("refused: {error}");
-    let mut legacy = LegacyContainer::new(ram()).unwrap();
+    let legacy = LegacyContainer::new(ram()).unwrap();
     let error = legacy.open(&at).unwrap_err();
     eprintln!("refused: {error}");
     drop(bench);
@@ -472,8 +472,11 @@ fn the_group_container_works_where_there_is_nothing_else() {
         return;
     }
     let ram = ram();
-    let mut legacy = LegacyContainer::new(ram.clone()).unwrap();
-    let device = Arc::new(legacy.open(&at).unwrap());
+    let legacy = LegacyContainer::new(ram.clone()).unwrap();
+    // The group leaves with its device, and comes again to an empty container.
+    drop(legacy.open(&at).unwrap());
+    let (device, group) = legacy.open(&at).unwrap();
+    let device = Arc::new(device);
     let messages = Messages::default();
     let connections = Connections {
         messages: &messages,
@@ -487,4 +490,6 @@ fn the_group_container_works_where_there_is_nothing_else() {
     let mut id = [0; 4];
     function.bar_read(0, 0, &mut id);
     assert_eq!(u32::from_le_bytes(id), 0x0100_00ed);
+    drop((function, group));
+    assert!(legacy.open(&at).is_ok());
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -84,6 +84,9 @@ pub struct VfioPci {
     peers: Option<Arc<dyn PeerMemory>>,
     /// Mappings of this process, made once: (register, offset).
     mappings: BTreeMap<(u8, u64), Arc<Mapping>>,
+    /// The expansion ROM, once it was read: the host switches it on and off, and maps it, for each
+    /// read.
+    rom: OnceLock<Vec<u8>>,
     line: Option<Line>,
     error: EventFd,
     request: EventFd,
@@ -199,6 +202,7 @@ impl VfioPci {
             direct: connections.direct,
             peers: connections.peers,
             mappings,
+            rom: OnceLock::new(),
             line,
             error: EventFd::new(libc::EFD_NONBLOCK)?,
             request: EventFd::new(libc::EFD_NONBLOCK)?,
@@ -321,6 +325,25 @@ impl VfioPci {
             }
         }
         self.reconnect(state);
+    }
+
+    /// Reads the expansion ROM: from the device at first, and then what that gave.
+    fn rom_read(&self, offset: u64, data: &mut [u8]) {
+        let rom = self.rom.get_or_init(|| {
+            let region = u32::from(ROM_BAR);
+            let length = usize::try_from(self.hardware.region(region).length).unwrap_or(0);
+            let mut rom = vec![0xff; length];
+            if let Err(error) = self.hardware.read(region, 0, &mut rom) {
+                log::warn!("an expansion ROM cannot be read: {error}");
+                rom.clear();
+            }
+            rom
+        });
+        data.fill(0xff);
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (to, from) in data.iter_mut().zip(rom.iter().skip(start)) {
+            *to = *from;
+        }
     }
 
     /// MSI-X's table or pending bits at `offset` of `bar`: whether it is the table, and bytes into
@@ -455,6 +478,7 @@ impl PciFunction for VfioPci {
         match (self.in_tables(bar, offset, data.len()), &self.msix) {
             (Some((true, into)), Some(msix)) => msix.table_read(into, data),
             (Some((false, into)), Some(msix)) => msix.pba_read(into, data),
+            _ if bar == ROM_BAR => self.rom_read(offset, data),
             _ => {
                 if let Err(error) = self.hardware.read(bar.into(), offset, data) {
                     // As on a bus where nobody answers.
@@ -470,6 +494,7 @@ impl PciFunction for VfioPci {
         match (self.in_tables(bar, offset, data.len()), &self.msix) {
             (Some((true, into)), Some(msix)) => msix.table_write(into, data),
             (Some((false, _)), _) => {}
+            // It is read only.
             _ if bar == ROM_BAR => {}
             _ => {
                 if let Err(error) = self.hardware.write(bar.into(), offset, data) {

@@ -1,5 +1,5 @@
-//! All passed-through devices of a VM, put together: the host's iommufd with guest RAM in it, and
-//! each device's way in and out.
+//! All passed-through devices of a VM, put together: the host's iommufd with guest RAM in it, or
+//! the older container where there is none, and each device's way in and out.
 #![forbid(unsafe_code)]
 
 use std::fs::File;
@@ -19,6 +19,7 @@ use viommu::{GuestRam, Rid, Target};
 use super::config::{Offer, SIZE, has_page_requests};
 use super::features::{self, Facts, NotOffered, Wishes};
 use super::function::{Connections, VfioPci};
+use super::legacy::{CONTAINER, Group, LegacyContainer, LegacyError};
 use super::vfio::{CONFIG, Hardware, OpenError, VfioDevice};
 
 /// Why a device is not in the VM.
@@ -35,6 +36,14 @@ pub enum HostError {
     /// The device cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// It cannot be had from its group.
+    #[error(transparent)]
+    Legacy(#[from] LegacyError),
+    /// A vIOMMU was to stand before it.
+    #[error(
+        "no vIOMMU can stand before it, since this host has no iommufd with VFIO devices (/dev/iommu, /dev/vfio/devices); use a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, or leave iommu=on out"
+    )]
+    NoViommu,
     /// It does not fit this VM.
     #[error(transparent)]
     Unfit(#[from] Unfit),
@@ -55,11 +64,23 @@ pub enum HostError {
     },
 }
 
+/// The host's iommufd.
+const IOMMUFD: &str = "/dev/iommu";
+/// Where the devices are that iommufd can have.
+const DEVICES: &str = "/dev/vfio/devices";
+
 /// The host's side of the passed-through devices of a VM.
 #[derive(Debug)]
-pub struct PassthroughHost {
-    kernel: Arc<Linux>,
-    backend: Arc<HostIommu>,
+pub struct PassthroughHost(Way);
+
+/// How devices are had.
+#[derive(Debug)]
+enum Way {
+    Iommufd {
+        kernel: Arc<Linux>,
+        backend: Arc<HostIommu>,
+    },
+    Groups(LegacyContainer),
 }
 
 /// The addresses that the DMA of the host's device at `sysfs` cannot use: what guest
@@ -128,17 +149,33 @@ pub enum Before {
 }
 
 impl PassthroughHost {
-    /// Opens `/dev/iommu` and maps `ram` there.
+    /// Opens `/dev/iommu` and maps `ram` there. Where the host's kernel has no iommufd, or VFIO
+    /// does not use it, devices are had from their groups: with all of `ram` in their reach, and no
+    /// vIOMMU before them.
     ///
     /// # Errors
-    /// There is no iommufd, or the memory cannot be pinned.
+    /// There is neither, or the memory cannot be pinned.
     pub fn open(ram: GuestRam) -> Result<Self, HostError> {
-        let path = Path::new("/dev/iommu");
-        let kernel = Linux::open(path).map_err(|source| HostError::Iommufd {
-            path: path.into(),
-            source,
-        })?;
-        Self::new(kernel, ram)
+        let path = Path::new(IOMMUFD);
+        let missing = match Linux::open(path) {
+            // Where devices are bound there are nodes of theirs, if the kernel makes any.
+            Ok(kernel) if Path::new(DEVICES).exists() || !has_container() => {
+                return Self::new(kernel, ram);
+            }
+            Ok(_) => DEVICES,
+            Err(source) if source.kind() == io::ErrorKind::NotFound && has_container() => IOMMUFD,
+            Err(source) => {
+                return Err(HostError::Iommufd {
+                    path: path.into(),
+                    source,
+                });
+            }
+        };
+        log::warn!(
+            "this host has no {missing}: devices are had from their groups ({CONTAINER}), with all \
+             of the guest's memory in their reach and no vIOMMU before them"
+        );
+        Ok(Self(Way::Groups(LegacyContainer::new(ram)?)))
     }
 
     /// With an iommufd that was passed in.
@@ -148,22 +185,40 @@ impl PassthroughHost {
     pub fn new(kernel: Linux, ram: GuestRam) -> Result<Self, HostError> {
         let kernel = Arc::new(kernel);
         let backend = Arc::new(HostIommu::new(kernel.clone(), ram)?);
-        Ok(Self { kernel, backend })
+        Ok(Self(Way::Iommufd { kernel, backend }))
     }
 
     /// The back end that translates for the devices: what vIOMMU front ends claim them from.
-    pub fn backend(&self) -> &Arc<HostIommu> {
-        &self.backend
+    /// `None` on a host without iommufd.
+    pub fn backend(&self) -> Option<&Arc<HostIommu>> {
+        match &self.0 {
+            Way::Iommufd { backend, .. } => Some(backend),
+            Way::Groups(_) => None,
+        }
     }
 
     /// Takes the host's device at `sysfs` (`/sys/bus/pci/devices/…`) in as endpoint `rid`. Its DMA
-    /// is blocked; [`Admitted::connect`] makes it a function of the guest.
+    /// is blocked; [`Admitted::connect`] makes it a function of the guest. From a group, its DMA
+    /// reaches guest memory as soon as it does any.
     ///
     /// # Errors
     /// Why this device cannot be in this VM, with the remedy.
     pub fn admit(&self, rid: Rid, sysfs: &Path) -> Result<Admitted, HostError> {
-        let (device, id) = VfioDevice::open(sysfs, self.kernel.as_fd())?;
-        self.admit_device(rid, device, id)
+        match &self.0 {
+            Way::Iommufd { kernel, .. } => {
+                let (device, id) = VfioDevice::open(sysfs, kernel.as_fd())?;
+                self.admit_device(rid, device, id)
+            }
+            Way::Groups(container) => {
+                let (device, group) = container.open(sysfs)?;
+                Ok(Admitted {
+                    raw: configuration(&device, rid)?,
+                    rid,
+                    device: Arc::new(device),
+                    keeper: Keeper::Group(group),
+                })
+            }
+        }
     }
 
     /// As [`admit`](Self::admit), for a device that somebody else has opened, and that is bound to
@@ -190,49 +245,89 @@ impl PassthroughHost {
     /// As [`admit`](Self::admit), for a device that is open and bound to this iommufd as `id`.
     ///
     /// # Errors
-    /// As [`admit`](Self::admit).
+    /// As [`admit`](Self::admit), or this is no iommufd.
     pub fn admit_device(
         &self,
         rid: Rid,
         device: VfioDevice,
         id: u32,
     ) -> Result<Admitted, HostError> {
+        let backend = self.backend().ok_or_else(|| HostError::Iommufd {
+            path: IOMMUFD.into(),
+            source: io::ErrorKind::NotFound.into(),
+        })?;
         let device = Arc::new(device);
-        let mut raw = [0; SIZE];
-        let length = (device.region(CONFIG).length as usize).min(SIZE);
-        for (at, dword) in (0..).step_by(4).zip(raw[..length].chunks_exact_mut(4)) {
-            device
-                .read(CONFIG, at, dword)
-                .map_err(|source| HostError::Device { rid, source })?;
-        }
+        let raw = configuration(&device, rid)?;
         let bound = Device {
             id,
             attach: device.clone(),
             page_requests: has_page_requests(&raw),
         };
-        self.backend.add_device(rid, bound)?;
+        backend.add_device(rid, bound)?;
         Ok(Admitted {
             rid,
             device,
-            raw: Box::new(raw),
-            backend: self.backend.clone(),
+            raw,
+            keeper: Keeper::Iommufd(backend.clone()),
         })
     }
 }
 
-/// A device in the VM's iommufd. Dropping it takes it out again, with nothing left behind.
+/// Whether there is a container to fall back to.
+fn has_container() -> bool {
+    Path::new(CONTAINER).exists()
+}
+
+/// The configuration space of a device, as the host shows it.
+fn configuration(device: &VfioDevice, rid: Rid) -> Result<Box<[u8; SIZE]>, HostError> {
+    let mut raw = Box::new([0; SIZE]);
+    let length = (device.region(CONFIG).length as usize).min(SIZE);
+    for (at, dword) in (0..).step_by(4).zip(raw[..length].chunks_exact_mut(4)) {
+        device
+            .read(CONFIG, at, dword)
+            .map_err(|source| HostError::Device { rid, source })?;
+    }
+    Ok(raw)
+}
+
+/// A device in the VM's iommufd or container. Dropping it takes it out again, with nothing left
+/// behind.
 #[derive(Debug)]
 pub struct Admitted {
     rid: Rid,
     device: Arc<VfioDevice>,
     raw: Box<[u8; SIZE]>,
-    backend: Arc<HostIommu>,
+    // After the device, which is closed first.
+    keeper: Keeper,
+}
+
+/// What has a device.
+#[derive(Debug)]
+enum Keeper {
+    Iommufd(Arc<HostIommu>),
+    Group(Arc<Group>),
 }
 
 impl Admitted {
-    /// The open device, for KVM's VFIO device.
+    /// The open device.
     pub fn device(&self) -> &Arc<VfioDevice> {
         &self.device
+    }
+
+    /// The file that KVM's VFIO device knows it by: its own, or that of its group, which it shares
+    /// with the group's other devices.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        match &self.keeper {
+            Keeper::Iommufd(_) => self.device.as_fd(),
+            Keeper::Group(group) => group.as_fd(),
+        }
+    }
+
+    fn backend(&self) -> Option<&Arc<HostIommu>> {
+        match &self.keeper {
+            Keeper::Iommufd(backend) => Some(backend),
+            Keeper::Group(_) => None,
+        }
     }
 
     /// Makes it a function of the guest. Without a vIOMMU it reaches guest memory from here on;
@@ -249,10 +344,13 @@ impl Admitted {
     ) -> Result<Arc<VfioPci>, HostError> {
         let facts = self.facts(before);
         let decision = features::decide(wishes, &facts)?;
-        if let Before::Nothing = before {
-            self.backend.claim(self.rid, Arc::new(NoFrontEnd))?;
-            self.backend
-                .apply(Target::rid(self.rid), Translation::Identity)?;
+        match (before, self.backend()) {
+            (Before::Nothing, Some(backend)) => {
+                backend.claim(self.rid, Arc::new(NoFrontEnd))?;
+                backend.apply(Target::rid(self.rid), Translation::Identity)?;
+            }
+            (Before::Viommu { .. }, None) => return Err(HostError::NoViommu),
+            (Before::Nothing, None) | (Before::Viommu { .. }, Some(_)) => {}
         }
         let rid = self.rid;
         log::info!("device {rid}: DMA addresses of {}", decision.width);
@@ -271,7 +369,8 @@ impl Admitted {
 
     /// What there is for this device.
     fn facts(&self, before: Before) -> Facts<'_> {
-        let info = self.backend.hw_info(self.rid);
+        let backend = self.backend();
+        let info = backend.and_then(|backend| backend.hw_info(self.rid));
         let has = |bit| info.is_some_and(|info| info.capabilities & bit != 0);
         let (offered, cpu_width) = match before {
             Before::Nothing => (Capabilities::NOTHING, 0),
@@ -282,17 +381,19 @@ impl Admitted {
             offered,
             cpu_width,
             iommu_width: info.map_or(0, |info| info.model.stage1_width()),
-            pasid_bits: self.backend.pasid_bits(self.rid),
+            pasid_bits: backend.map_or(0, |backend| backend.pasid_bits(self.rid)),
             privileged: has(HwInfo::PASID_PRIV),
             ats: !has(HwInfo::ATS_NOT_SUPPORTED),
-            page_requests: self.backend.page_requests(self.rid),
+            page_requests: backend.is_some_and(|backend| backend.page_requests(self.rid)),
         }
     }
 }
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.backend.remove_device(self.rid);
+        if let Keeper::Iommufd(backend) = &self.keeper {
+            backend.remove_device(self.rid);
+        }
     }
 }
 

@@ -5,14 +5,18 @@
 use std::fs::{File, OpenOptions, read_link};
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vfio_bindings::bindings::vfio as sys;
 use viommu::GuestRam;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::vfio::{OpenError, VfioDevice};
+
+/// The container's node.
+pub(super) const CONTAINER: &str = "/dev/vfio/vfio";
 
 const SET_IOMMU: libc::c_ulong = 0x3b66;
 const GROUP_GET_STATUS: libc::c_ulong = 0x3b67;
@@ -42,6 +46,11 @@ pub enum LegacyError {
         "group {0} has a device with a host driver; bind all of it to vfio-pci (nestling doctor names it)"
     )]
     NotViable(String),
+    /// The host's IOMMU does not remap interrupts.
+    #[error(
+        "the host does not remap interrupts, so a guest could raise the host's; switch that on in the firmware, or, for a guest that is trusted: modprobe vfio_iommu_type1 allow_unsafe_interrupts=1"
+    )]
+    Interrupts(#[source] io::Error),
     /// A call failed.
     #[error("{call} failed; see the kernel's log of the host")]
     Call {
@@ -59,13 +68,27 @@ pub enum LegacyError {
     Device(#[from] OpenError),
 }
 
-/// A container with guest RAM in it. Devices are in it for as long as it lives.
+/// A container with guest RAM in it, for as long as a group is in it.
 #[derive(Debug)]
 pub struct LegacyContainer {
     container: OwnedFd,
     ram: GuestRam,
-    groups: Vec<(String, OwnedFd)>,
-    mapped: bool,
+    /// Held while groups come and go.
+    groups: Mutex<Vec<Weak<Group>>>,
+}
+
+/// A group in the container. Dropping it takes the group out again; its devices are closed before.
+#[derive(Debug)]
+pub struct Group {
+    number: String,
+    fd: OwnedFd,
+}
+
+impl AsFd for Group {
+    /// For KVM's VFIO device: older kernels know groups only.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 impl LegacyContainer {
@@ -75,47 +98,56 @@ impl LegacyContainer {
     /// [`LegacyError::Open`].
     pub fn new(ram: GuestRam) -> Result<Self, LegacyError> {
         Ok(Self {
-            container: open(Path::new("/dev/vfio/vfio"))?.into(),
+            container: open(Path::new(CONTAINER))?.into(),
             ram,
-            groups: Vec::new(),
-            mapped: false,
+            groups: Mutex::default(),
         })
     }
 
-    /// The device at `sysfs`, with all of guest RAM in its reach.
+    /// The device at `sysfs`, with all of guest RAM in its reach, and its group, to be dropped
+    /// after it.
     ///
     /// # Errors
     /// Why not.
-    pub fn open(&mut self, sysfs: &Path) -> Result<VfioDevice, LegacyError> {
-        let group = read_link(sysfs.join("iommu_group"))
+    pub fn open(&self, sysfs: &Path) -> Result<(VfioDevice, Arc<Group>), LegacyError> {
+        let number = read_link(sysfs.join("iommu_group"))
             .ok()
             .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
             .ok_or_else(|| LegacyError::NoGroup(sysfs.into()))?;
-        if !self.groups.iter().any(|(number, _)| *number == group) {
-            let fd = self.join(&group)?;
-            self.groups.push((group.clone(), fd));
-        }
-        if !self.mapped {
-            self.map_ram()?;
-            self.mapped = true;
-        }
+        let group = self.group(number)?;
         let name = sysfs.file_name().unwrap_or_default().to_string_lossy();
         let name = std::ffi::CString::new(name.as_bytes()).unwrap_or_default();
-        let fd = self
-            .groups
-            .iter()
-            .find_map(|(number, fd)| (*number == group).then_some(fd));
-        let Some(fd) = fd else {
-            return Err(LegacyError::NoGroup(sysfs.into()));
-        };
         // SAFETY: the argument is a string that ends with 0 and outlives the call.
-        let device = unsafe { libc::ioctl(fd.as_raw_fd(), GROUP_GET_DEVICE_FD, name.as_ptr()) };
+        let device =
+            unsafe { libc::ioctl(group.fd.as_raw_fd(), GROUP_GET_DEVICE_FD, name.as_ptr()) };
         if device < 0 {
             return Err(last("VFIO_GROUP_GET_DEVICE_FD"));
         }
         // SAFETY: the kernel has just made this descriptor for us alone.
         let file = unsafe { File::from_raw_fd(device) };
-        Ok(VfioDevice::describe(file, sysfs.into())?)
+        Ok((VfioDevice::describe(file, sysfs.into())?, group))
+    }
+
+    fn groups(&self) -> MutexGuard<'_, Vec<Weak<Group>>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The group with this number, put into the container if it is not there yet.
+    fn group(&self, number: String) -> Result<Arc<Group>, LegacyError> {
+        let mut groups = self.groups();
+        groups.retain(|group| group.strong_count() > 0);
+        let found = groups.iter().filter_map(Weak::upgrade);
+        if let Some(group) = found.into_iter().find(|group| group.number == number) {
+            return Ok(group);
+        }
+        let fd = self.join(&number)?;
+        // The container forgets everything with its last group.
+        if groups.is_empty() {
+            self.set_up()?;
+        }
+        let group = Arc::new(Group { number, fd });
+        groups.push(Arc::downgrade(&group));
+        Ok(group)
     }
 
     /// Puts a group into the container.
@@ -137,13 +169,23 @@ impl LegacyContainer {
         if unsafe { libc::ioctl(fd.as_raw_fd(), GROUP_SET_CONTAINER, &container) } < 0 {
             return Err(last("VFIO_GROUP_SET_CONTAINER"));
         }
-        if self.groups.is_empty() {
-            // SAFETY: this call takes a number.
-            if unsafe { libc::ioctl(container, SET_IOMMU, TYPE1V2_IOMMU) } < 0 {
-                return Err(last("VFIO_SET_IOMMU"));
-            }
-        }
         Ok(fd)
+    }
+
+    /// Makes a container with its first group one of type 1, with guest RAM in it.
+    fn set_up(&self) -> Result<(), LegacyError> {
+        // SAFETY: this call takes a number.
+        if unsafe { libc::ioctl(self.container.as_raw_fd(), SET_IOMMU, TYPE1V2_IOMMU) } < 0 {
+            let source = io::Error::last_os_error();
+            return Err(match source.raw_os_error() {
+                Some(libc::EPERM) => LegacyError::Interrupts(source),
+                _ => LegacyError::Call {
+                    call: "VFIO_SET_IOMMU",
+                    source,
+                },
+            });
+        }
+        self.map_ram()
     }
 
     fn map_ram(&self) -> Result<(), LegacyError> {
@@ -202,7 +244,6 @@ fn last(call: &'static str) -> LegacyError {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
-    use std::sync::Arc;
 
     use vm_memory::GuestMemoryMmap;
     use vmm_sys_util::tempdir::TempDir;
@@ -212,11 +253,10 @@ mod tests {
     #[test]
     fn a_device_without_a_group_is_refused_before_anything_is_opened() {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
-        let mut container = LegacyContainer {
+        let container = LegacyContainer {
             container: File::open("/dev/null").unwrap().into(),
             ram: Arc::new(ram),
-            groups: Vec::new(),
-            mapped: false,
+            groups: Mutex::default(),
         };
         let dir = TempDir::new().unwrap();
         let error = container.open(dir.as_path()).unwrap_err();

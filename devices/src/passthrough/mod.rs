@@ -13,4 +13,4 @@ pub use function::{Connections, DirectMemory, PeerMemory, VfioPci};
 pub use host::{
     Admitted, Before, HostError, PassthroughHost, reserved_regions, reserved_regions_of_host,
 };
-pub use legacy::{LegacyContainer, LegacyError};
+pub use legacy::{Group, LegacyContainer, LegacyError};

@@ -102,6 +102,12 @@ pub const TESTS: &[Test] = &[
         .profile("vtd")
         .limit(900)
         .on_request(),
+    Test::new(
+        "an_nvme_drive_works_on_a_host_without_iommufd",
+        by_its_group,
+    )
+    .profile("vtd")
+    .limit(400),
     Test::new("a_device_that_cannot_be_had_is_refused", refusals).profile("vtd"),
 ];
 
@@ -484,13 +490,19 @@ fn refusals(lab: &Lab) -> Result<()> {
     says(&[("--device", "path=/nowhere")], &["/nowhere", "lspci"])?;
     says(&[("--device", &sysfs)], &[NVME, "vfio-pci", "doctor"])?;
     let drive = Bound::new(NVME)?;
-    fs::rename("/dev/iommu", "/dev/iommu-away")?;
-    let without = says(
+    let iommufd = Hidden::new("/dev/iommu")?;
+    for unit in ["type=virtio", "type=vtd"] {
+        says(
+            &[("--device", &drive.option(",iommu=on")), ("--viommu", unit)],
+            &[NVME, "no vIOMMU", "CONFIG_IOMMUFD", "leave iommu=on out"],
+        )?;
+    }
+    let container = Hidden::new("/dev/vfio/vfio")?;
+    says(
         &[("--device", &drive.option(""))],
         &["/dev/iommu", "nestling doctor"],
-    );
-    fs::rename("/dev/iommu-away", "/dev/iommu")?;
-    without?;
+    )?;
+    drop((iommufd, container));
     says(
         &[
             ("--device", &drive.option(",iommu=on")),
@@ -521,6 +533,51 @@ fn refusals(lab: &Lab) -> Result<()> {
     says(&[("--device", &drive.option(""))], &["another"])?;
     drop(first);
     Ok(())
+}
+
+/// A node of the host that is not there, until the value is dropped.
+struct Hidden(&'static str);
+
+impl Hidden {
+    fn new(node: &'static str) -> Result<Self> {
+        fs::rename(node, format!("{node}-away"))?;
+        Ok(Self(node))
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        let _ = fs::rename(format!("{}-away", self.0), self.0);
+    }
+}
+
+/// The older way to a device, which nestling takes by itself, and says so.
+fn by_its_group(lab: &Lab) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    let hidden = Hidden::new("/dev/iommu")?;
+    let doctor = Command::new(lab.nestling()).arg("doctor").output()?;
+    let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    ensure!(
+        doctor.contains("by its group") && doctor.contains("CONFIG_IOMMUFD"),
+        "the doctor says: {doctor}"
+    );
+    let mut guest = Guest::lab_kernel()
+        .option("--device", &drive.option(""))
+        .boot(lab)?;
+    drive_keeps(&mut guest)?;
+    function_level_reset(&mut guest)?;
+    drive_keeps(&mut guest)?;
+    busy(&mut guest)?;
+    guest.restart_by(RESET)?;
+    drive_keeps(&mut guest)?;
+    let said = guest.power_off()?.said;
+    ensure!(
+        said.contains("no /dev/iommu") && said.contains("no vIOMMU"),
+        "nestling does not say how it has the drive: {said}"
+    );
+    drop(hidden);
+    // Its group was given back, too.
+    drive.works_on_the_host()
 }
 
 /// Waits until a nestling has its device open.

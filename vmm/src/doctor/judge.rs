@@ -6,6 +6,10 @@ use super::{Finding, Iommu, Model};
 /// What the host as a whole has to say about a device.
 pub(super) struct Host {
     pub iommufd: Finding,
+    /// The kernel has iommufd and makes VFIO's devices for it, whoever may open them.
+    pub has_cdevs: bool,
+    /// The kernel has VFIO's older container.
+    pub container: bool,
     pub cmdline: String,
     /// `iommufd.allow_unsafe_interrupts`
     pub unsafe_interrupts: bool,
@@ -100,8 +104,17 @@ pub(super) fn modes(mut device: PciDevice, iommus: &[Iommu], host: &Host) -> Pci
         }
         _ => Finding::never("page requests need a VT-d unit in scalable mode"),
     };
+    // What nestling falls back to where the kernel lacks the way through iommufd.
+    let itself = match passthrough.ok && !with_iommufd.ok {
+        false => passthrough.clone(),
+        true if !host.has_cdevs && host.container => Finding::yes(format!(
+            "by its group, with all of the guest's memory in its reach ({})",
+            with_iommufd.what
+        )),
+        true => with_iommufd.clone(),
+    };
     let modes = [
-        ("device", passthrough.clone()),
+        ("device", itself),
         (
             "viommu=virtio",
             and(&|| Finding::yes("each guest mapping is mapped on the host")),

@@ -120,6 +120,10 @@ impl Report {
                 "the kernel has no iommufd",
                 "use a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV (Linux 6.6 or later)",
             ),
+            has_cdevs: ["iommu", "vfio/devices"]
+                .iter()
+                .all(|node| roots.dev.join(node).exists()),
+            container: roots.dev.join("vfio/vfio").exists(),
             cmdline: text(&roots.proc.join("cmdline")).unwrap_or_default(),
             unsafe_interrupts: text(
                 &roots

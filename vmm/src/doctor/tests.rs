@@ -205,8 +205,14 @@ fn without_iommufd_the_device_goes_to_the_guest_and_no_viommu_in_front_of_it() {
     let tree = Tree::vtd(CAP, ECAP);
     tree.bound("0000:01:00.0");
     fs::remove_file(tree.root().join("dev/iommu")).unwrap();
+    assert!(!mode(&tree.report(), "device").ok, "no container either");
+    tree.file("dev/vfio/vfio", "");
     let report = tree.report();
-    assert!(mode(&report, "device").ok);
+    let device = mode(&report, "device");
+    assert!(
+        device.ok && device.what.contains("by its group"),
+        "{device:?}"
+    );
     for name in ["viommu=vtd", "viommu=virtio", "nested", "pasid"] {
         let finding = mode(&report, name);
         assert!(!finding.ok && finding.remedy.as_ref().unwrap().contains("CONFIG_IOMMUFD"));

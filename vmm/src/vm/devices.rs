@@ -235,7 +235,10 @@ impl Devices {
             kvm.ram(),
             interrupts,
             &mmio,
-            passthrough.as_ref().map(|p| &**p.host()),
+            passthrough
+                .as_ref()
+                .and_then(|p| p.host())
+                .map(|host| &**host),
         )?;
         let mut devices = Self {
             viommus,

@@ -455,10 +455,10 @@ impl Devices {
 fn step_of(error: &PassthroughError) -> Step {
     match error {
         PassthroughError::Device { source, .. } | PassthroughError::Host(source) => match source {
-            HostError::Iommufd { .. } | HostError::Open(_) => Step::Open,
+            HostError::Iommufd { .. } | HostError::Open(_) | HostError::Legacy(_) => Step::Open,
             HostError::Unfit(Unfit::ReservedByDevice(_)) => Step::ReservedRegions,
             HostError::Unfit(_) | HostError::NotOffered(_) => Step::Capabilities,
-            HostError::Refused(_) => Step::Viommu,
+            HostError::Refused(_) | HostError::NoViommu => Step::Viommu,
             HostError::Device { .. } => Step::Function,
         },
         PassthroughError::Viommu { .. } => Step::Viommu,

@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -234,7 +233,7 @@ pub(super) struct Passthrough {
 pub(super) struct Waiting {
     config: DeviceConfig,
     slot: Slot,
-    known: KnownFile,
+    known: Arc<KnownFile>,
     admitted: Admitted,
 }
 
@@ -242,7 +241,7 @@ pub(super) struct Waiting {
 pub(super) struct Passed {
     rid: Rid,
     function: Arc<VfioPci>,
-    _known: KnownFile,
+    _known: Arc<KnownFile>,
     // Dropped last: it takes the device out of the host's IOMMU.
     admitted: Admitted,
 }
@@ -272,14 +271,14 @@ impl Passthrough {
         descriptors: &Descriptors,
     ) -> Result<Self, PassthroughError> {
         let opened = Self::new(open(vm.ram(), descriptors)?, vm, paging, descriptors)?;
-        if let Some(offered) = offered {
-            opened.host().freeze(offered);
+        if let (Some(offered), Some(host)) = (offered, opened.host()) {
+            host.freeze(offered);
         }
         Ok(opened)
     }
 
-    /// The host's IOMMU.
-    pub(super) fn host(&self) -> &Arc<HostIommu> {
+    /// The host's IOMMU, where iommufd has it.
+    pub(super) fn host(&self) -> Option<&Arc<HostIommu>> {
         self.host.backend()
     }
 
@@ -296,13 +295,16 @@ impl Passthrough {
         config: &DeviceConfig,
         slot: Slot,
     ) -> Result<Waiting, PassthroughError> {
+        if self.host().is_none() && behind(config) != Behind::Nothing {
+            return Err(device_error(&config.path, HostError::NoViommu));
+        }
         let admitted = match config.fd {
             Some(_) => self.admit_given(config, slot.rid())?,
             None => self.host.admit(slot.rid(), &config.path),
         };
         let admitted = admitted.map_err(|source| device_error(&config.path, source))?;
         Ok(Waiting {
-            known: self.files.add(admitted.device().as_fd())?,
+            known: self.files.add(admitted.file())?,
             config: config.clone(),
             slot,
             admitted,
@@ -335,9 +337,12 @@ impl Passthrough {
         waiting: &Waiting,
         viommus: &mut Viommus,
     ) -> Result<(), PassthroughError> {
+        let Some(host) = self.host() else {
+            return Ok(());
+        };
         let config = &waiting.config;
         viommus
-            .pass_through(waiting.slot.rid(), behind(config), self.host())
+            .pass_through(waiting.slot.rid(), behind(config), host)
             .map_err(|source| PassthroughError::Viommu {
                 path: config.path.clone(),
                 source,
@@ -377,7 +382,7 @@ impl Passthrough {
             messages: &*messages,
             line,
             direct,
-            peers: Some(self.host().clone()),
+            peers: self.host().map(|host| host.clone() as _),
         };
         let function = admitted
             .connect(
@@ -396,11 +401,12 @@ impl Passthrough {
     }
 
     /// The guest was offered what all devices here have, which this gives: later ones must have as
-    /// much.
-    pub(super) fn freeze(&self) -> Capabilities {
-        let offered = self.host().capabilities();
-        self.host().freeze(offered);
-        offered
+    /// much. `None` where no vIOMMU can stand before any.
+    pub(super) fn freeze(&self) -> Option<Capabilities> {
+        let host = self.host()?;
+        let offered = host.capabilities();
+        host.freeze(offered);
+        Some(offered)
     }
 }
 
