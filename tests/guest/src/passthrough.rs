@@ -393,7 +393,7 @@ fn function_level_reset(guest: &mut Machine) -> Result<()> {
 }
 
 /// Takes messages away from the drive's driver, which then has the interrupt line.
-fn without_messages(guest: &mut Machine) -> Result<()> {
+pub(crate) fn without_messages(guest: &mut Machine) -> Result<()> {
     let interrupts = guest.run_within(
         SLOW,
         "cd /sys/bus/pci/drivers/nvme; d=$(ls -d 0000:*); echo 0 > $d/msi_bus; \

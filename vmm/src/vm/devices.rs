@@ -336,7 +336,7 @@ impl Devices {
             self.plugged
                 .push(Plugged::new(New::Device(config), rid, home, Some(passed)));
         }
-        self.offered = Some(passthrough.freeze());
+        self.offered = passthrough.freeze();
         Ok(())
     }
 
