@@ -80,7 +80,11 @@ enum Way {
         kernel: Arc<Linux>,
         backend: Arc<HostIommu>,
     },
-    Groups(LegacyContainer),
+    Groups {
+        container: LegacyContainer,
+        /// The node that a kernel with the better way has.
+        missing: &'static str,
+    },
 }
 
 /// The addresses that the DMA of the host's device at `sysfs` cannot use: what guest
@@ -171,11 +175,10 @@ impl PassthroughHost {
                 });
             }
         };
-        log::warn!(
-            "this host has no {missing}: devices are had from their groups ({CONTAINER}), with all \
-             of the guest's memory in their reach and no vIOMMU before them"
-        );
-        Ok(Self(Way::Groups(LegacyContainer::new(ram)?)))
+        Ok(Self(Way::Groups {
+            container: LegacyContainer::new(ram)?,
+            missing,
+        }))
     }
 
     /// With an iommufd that was passed in.
@@ -193,7 +196,7 @@ impl PassthroughHost {
     pub fn backend(&self) -> Option<&Arc<HostIommu>> {
         match &self.0 {
             Way::Iommufd { backend, .. } => Some(backend),
-            Way::Groups(_) => None,
+            Way::Groups { .. } => None,
         }
     }
 
@@ -209,8 +212,12 @@ impl PassthroughHost {
                 let (device, id) = VfioDevice::open(sysfs, kernel.as_fd())?;
                 self.admit_device(rid, device, id)
             }
-            Way::Groups(container) => {
+            Way::Groups { container, missing } => {
                 let (device, group) = container.open(sysfs)?;
+                log::warn!(
+                    "device {rid} is had by its group, since this host has no {missing}: all of \
+                     the guest's memory is in its reach, and no vIOMMU can stand before it"
+                );
                 Ok(Admitted {
                     raw: configuration(&device, rid)?,
                     rid,
