@@ -240,13 +240,17 @@ impl PassthroughHost {
         file: File,
         bound: Option<u32>,
     ) -> Result<(Admitted, u32), HostError> {
-        let (device, id) = VfioDevice::given(sysfs, file, self.kernel.as_fd(), bound)?;
+        let iommufd = self.iommufd().ok_or_else(no_iommufd)?;
+        let (device, id) = VfioDevice::given(sysfs, file, iommufd, bound)?;
         Ok((self.admit_device(rid, device, id)?, id))
     }
 
-    /// The iommufd.
-    pub fn iommufd(&self) -> BorrowedFd<'_> {
-        self.kernel.as_fd()
+    /// The iommufd, if the host has one.
+    pub fn iommufd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.0 {
+            Way::Iommufd { kernel, .. } => Some(kernel.as_fd()),
+            Way::Groups { .. } => None,
+        }
     }
 
     /// As [`admit`](Self::admit), for a device that is open and bound to this iommufd as `id`.
@@ -259,10 +263,7 @@ impl PassthroughHost {
         device: VfioDevice,
         id: u32,
     ) -> Result<Admitted, HostError> {
-        let backend = self.backend().ok_or_else(|| HostError::Iommufd {
-            path: IOMMUFD.into(),
-            source: io::ErrorKind::NotFound.into(),
-        })?;
+        let backend = self.backend().ok_or_else(no_iommufd)?;
         let device = Arc::new(device);
         let raw = configuration(&device, rid)?;
         let bound = Device {
@@ -277,6 +278,13 @@ impl PassthroughHost {
             raw,
             keeper: Keeper::Iommufd(backend.clone()),
         })
+    }
+}
+
+fn no_iommufd() -> HostError {
+    HostError::Iommufd {
+        path: IOMMUFD.into(),
+        source: io::ErrorKind::NotFound.into(),
     }
 }
 

@@ -323,8 +323,8 @@ impl Passthrough {
         let file = File::from(self.descriptors.of(id).map_err(refused)?);
         let bound = self.descriptors.bound(id);
         let admitted = self.host.admit_given(rid, &config.path, file, bound);
-        if let Ok((_, number)) = &admitted {
-            let kept = self.descriptors.bind(id, *number, self.host.iommufd());
+        if let (Ok((_, number)), Some(iommufd)) = (&admitted, self.host.iommufd()) {
+            let kept = self.descriptors.bind(id, *number, iommufd);
             kept.map_err(refused)?;
         }
         Ok(admitted.map(|(admitted, _)| admitted))
