@@ -23,12 +23,23 @@ pub fn objects(pid: u32) -> Result<Vec<u32>> {
         let entry = entry?;
         // One that is closed meanwhile is none.
         let is = fs::read_link(entry.path()).is_ok_and(|to| to == Path::new("/dev/iommu"));
-        if is && let Some(number) = entry.file_name().to_str().and_then(|n| n.parse().ok()) {
+        if is
+            && let Some(number) = entry.file_name().to_str().and_then(|n| n.parse().ok())
+            && !is_place(pid, number)
+        {
             let iommufd = duplicate(pid, number).context("cannot look at another's iommufd")?;
             counts.push(count(&iommufd).context("IOMMU_IOAS_ALLOC")?);
         }
     }
     Ok(counts)
+}
+
+/// Whether a descriptor only names its file, as a sandbox's rules do, and is no open iommufd.
+fn is_place(pid: u32, number: RawFd) -> bool {
+    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+    flags.is_none_or(|flags| flags & libc::O_PATH != 0)
 }
 
 /// The descriptor `number` of another process.
