@@ -2,7 +2,7 @@
 //!
 //! | what goes wrong elsewhere | tests |
 //! |---|---|
-//! | nested first stage over iommufd is missing | `backend/iommufd/tests.rs`, from `a_nested_switch_is_one_alloc_and_one_attach` on |
+//! | nested first stage over iommufd is missing | `backend/iommufd/tests/`, from `a_nested_switch_is_one_alloc_and_one_attach` on |
 //! | a refused attach leaves the old table, and nobody hears of it | `faults.rs`, from `a_refused_translation_is_blocked_told_and_asked_for_again` on; iommufd's `a_failed_replace_ends_blocked_and_the_record_says_so` |
 //! | one kernel call for each invalidation | `invalidation.rs`: `one_doorbell_is_one_batch_whatever_is_in_the_queue`; iommufd's `one_doorbell_is_one_array_per_table_whatever_its_length`, `equal_tables_are_one_object_and_one_call_per_invalidation` |
 //! | descriptor types without an effect | `invalidation.rs`: `each_invalidation_reaches_exactly_the_targets_it_names`, `second_stage_pages_are_invalidated_by_domain_and_nested_ones_wholly` |
