@@ -71,6 +71,7 @@ impl Drop for Idle {
 /// Our part alone: the guest stands still.
 pub(crate) fn our_part(lab: &Lab) -> Result<()> {
     let (kernel, socket, nestling) = (lab.file("kernel"), lab.file("api"), lab.file("nestling"));
+    let folder = kernel.parent().context("a folder")?;
     // It halts: nobody listens at its port.
     fs::write(&kernel, payload::exits_with(0))?;
     fs::copy(lab.nestling(), &nestling)?;
@@ -80,6 +81,9 @@ pub(crate) fn our_part(lab: &Lab) -> Result<()> {
         .arg(&kernel)
         .arg("--api-socket")
         .arg(format!("path={}", socket.display()))
+        // The images and the stuck device are plugged later.
+        .arg("--landlock-rules")
+        .arg(format!("path={}", folder.display()))
         .stdin(Stdio::null())
         .spawn()
         .context("nestling")?;
