@@ -140,8 +140,11 @@ impl Client {
             if let Ok(stream) = UnixStream::connect(socket)
                 && let Ok(mut client) = Self::over(socket, stream)
             {
+                // Any ping's answer will do: the agent of a slow guest may need longer than a turn.
+                let oldest = client.next_id;
                 while Instant::now() < deadline && alive() {
-                    match client.ping(Duration::from_millis(500)) {
+                    let id = client.id();
+                    match client.ping_answered_from(oldest, id, Duration::from_millis(500)) {
                         Ok(()) => return Ok(client),
                         Err(Error::Silent { .. }) => {}
                         Err(_) => break,
@@ -180,16 +183,20 @@ impl Client {
         })
     }
 
-    /// Asks whether the agent is there.
+    /// Asks whether the agent is there now: an answer to an earlier ping is none to this one.
     ///
     /// # Errors
     /// Any of [`Error`].
     pub fn ping(&mut self, limit: Duration) -> Result<(), Error> {
         let id = self.id();
+        self.ping_answered_from(id, id, limit)
+    }
+
+    /// Sends ping `id` and waits for the answer to it or to one that was sent since `oldest`.
+    fn ping_answered_from(&mut self, oldest: u64, id: u64, limit: Duration) -> Result<(), Error> {
         self.send(&Request::Ping { id })?;
         self.answer("a ping", limit, |answer| match answer {
-            // An earlier ping's answer is as good: the agent is there.
-            Answer::Pong { id: got } if got <= id => Some(()),
+            Answer::Pong { id: got } if (oldest..=id).contains(&got) => Some(()),
             _ => None,
         })
     }

@@ -24,6 +24,10 @@ const STATE_LIMIT: Duration = Duration::from_secs(10);
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How long nestling may take to end once its guest has asked for it.
 const END_LIMIT: Duration = Duration::from_secs(60);
+/// How long a guest that answers pings may take for a small command.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Tells one boot of a guest from the next.
+const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
 
 /// A guest to be.
 #[derive(Clone, Debug)]
@@ -390,17 +394,26 @@ impl Machine {
     /// # Errors
     /// nestling ends, or the guest does not come back within its limit.
     pub fn restart_by(&mut self, command: &str) -> Result<()> {
-        let mut client = self.client.take().context("the guest has no agent")?;
+        let boot = self.run(BOOT_ID)?;
+        let client = self.client.as_mut().context("the guest has no agent")?;
         client.start(command, END_LIMIT)?;
-        // The old agent no longer answers a ping once the kernel goes down; a new one will.
-        let deadline = Instant::now() + END_LIMIT;
-        while client.ping(Duration::from_millis(300)).is_ok() {
+        let deadline = Instant::now() + END_LIMIT + self.boots_within;
+        // The old agent no longer answers once the kernel goes down; but a slow one may answer
+        // late, and then it is still the old boot that says so.
+        loop {
+            if !self.pings() {
+                self.client = None;
+                self.wait_for_agent()?;
+                let asked = self.client.as_mut().context("no agent")?;
+                match asked.run(BOOT_ID, ANSWER_LIMIT) {
+                    Ok(now) if now.status == 0 && now.stdout != boot => return Ok(()),
+                    _ => {}
+                }
+            }
             if Instant::now() >= deadline {
                 bail!("`{command}` did not take the guest down");
             }
         }
-        drop(client);
-        self.wait_for_agent()
     }
 
     /// Waits for the agent of a guest that was made to start over from outside.
