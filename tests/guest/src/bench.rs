@@ -30,11 +30,13 @@ pub const TESTS: &[Test] = &[
     Test::new("map", crate::mapping::bench)
         .limit(900)
         .on_request(),
-    Test::new("nvme", nvme::run)
-        .profile("vtd")
-        .limit(1500)
-        .on_request(),
     Test::new("stage2", stage2).limit(900).on_request(),
+    nvme::TESTS[0],
+    nvme::TESTS[1],
+    nvme::TESTS[2],
+    nvme::TESTS[3],
+    nvme::TESTS[4],
+    nvme::TESTS[5],
 ];
 
 /// Runs of each measurement; the median is shown.

@@ -5,6 +5,7 @@ pub mod cpio;
 pub mod debian;
 pub mod dependencies;
 pub mod engine;
+pub mod figures;
 pub mod fuzz;
 pub mod images;
 pub mod machine;

@@ -14,7 +14,7 @@ use lab::machine::Hosts;
 use lab::place::{PLAIN, Place, Test, has_kvm};
 use lab::report::{Tally, step};
 use lab::setup::Supplies;
-use lab::{cache, debian, images, programs, report, schemathesis, setup, shell, suite};
+use lab::{cache, debian, figures, images, programs, report, schemathesis, setup, shell, suite};
 
 /// Everything that proves nestling, on any machine.
 ///
@@ -251,6 +251,7 @@ impl Lab {
         }
         let mut tally = Tally::default();
         suite::guests([place], &chosen, &self.lab, &mut tally);
+        print!("{}", figures::table(&figures::of(&chosen, &self.lab)?));
         Ok(tally.close())
     }
 

@@ -25,6 +25,8 @@ pub struct Test {
     pub on_request: bool,
     /// Its guests run on any /dev/kvm.
     pub tiny: bool,
+    /// An emulated host is booted for it alone.
+    pub alone: bool,
 }
 
 /// The place where guest tests run.
@@ -93,7 +95,14 @@ impl Place {
         crate::cache::remove(&logs)?;
         fs::create_dir_all(&logs)?;
         let outcome = if self.is_emulated(test) {
-            self.emulated(test, &logs)
+            if test.alone {
+                self.end_host();
+            }
+            let outcome = self.emulated(test, &logs);
+            if test.alone {
+                self.end_host();
+            }
+            outcome
         } else {
             direct(&self.program, test, lab, &logs)
         };
@@ -147,9 +156,8 @@ impl Place {
             .running
             .as_ref()
             .is_some_and(|(name, _)| name != profile)
-            && let Some((_, host)) = self.running.take()
         {
-            host.power_off();
+            self.end_host();
         }
         if self.running.is_none() {
             self.boots += 1;
@@ -167,6 +175,12 @@ impl Place {
         match &mut self.running {
             Some((_, host)) => Ok(host),
             None => bail!("no host of profile {profile}"),
+        }
+    }
+
+    fn end_host(&mut self) {
+        if let Some((_, host)) = self.running.take() {
+            host.power_off();
         }
     }
 

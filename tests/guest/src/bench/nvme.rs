@@ -1,5 +1,8 @@
 //! What a vIOMMU costs the host's NVMe drive in a guest: reads of 4 KiB, past every cache, with the
-//! vIOMMU relative to without, beside QEMU with the same guest in the same run.
+//! vIOMMU relative to without, beside QEMU with the same guest in the same run of the lab.
+//!
+//! Each VMM with each vIOMMU is a test of its own in a host of its own: one that is lost costs one
+//! figure, and no figure depends on what ran before it. The lab makes the ratios of what they leave.
 
 use std::fs::File;
 use std::process::Command;
@@ -8,15 +11,34 @@ use std::time::Duration;
 use agent::Client;
 use anyhow::{Context, Result, ensure};
 
-use super::{Ending, copy_qemu, table};
+use super::{Ending, copy_qemu};
 use crate::harness::bound::Bound;
-use crate::harness::{Guest, Lab, show};
+use crate::harness::figures::{Figure, Figures};
+use crate::harness::{Guest, Lab, Test};
 use crate::passthrough::NVME;
 
-/// Seconds of one sample, and samples of one guest.
-const SECONDS: u32 = 3;
-const SAMPLES: usize = 3;
+/// `cargo lab bench nvme`: each pair side by side in time.
+pub(super) const TESTS: [Test; 6] = [
+    figure("nvme_nestling_no_viommu", |lab| ours(lab, &NONE)),
+    figure("nvme_qemu_no_viommu", |lab| theirs(lab, &NONE)),
+    figure("nvme_nestling_vtd", |lab| ours(lab, &VTD)),
+    figure("nvme_qemu_vtd", |lab| theirs(lab, &VTD)),
+    figure("nvme_nestling_virtio_iommu", |lab| ours(lab, &VIRTIO)),
+    figure("nvme_qemu_virtio_iommu", |lab| theirs(lab, &VIRTIO)),
+];
+
+const fn figure(name: &'static str, run: fn(&Lab) -> Result<()>) -> Test {
+    Test::new(name, run)
+        .profile("vtd")
+        .limit(400)
+        .alone()
+        .on_request()
+}
+
+/// Samples of one figure, after one that warms up.
+const SAMPLES: usize = 5;
 const SLOW: Duration = Duration::from_secs(60);
+const QUANTITY: &str = "reads of 4 KiB of a passed-through NVMe drive a second, two at a time";
 
 /// Takes the drive's driver away: a virtio-iommu may go before the drive, whose driver would wait.
 const UNBIND: &str = "cd /sys/bus/pci/drivers/nvme && echo $(ls -d 0000:*) > unbind";
@@ -31,77 +53,65 @@ struct Unit {
     lazy: bool,
 }
 
-/// Widths are equal, so that tables have as many levels; with caching mode and second-stage tables
-/// Linux flushes at once whatever it is told.
-const UNITS: [Unit; 3] = [
-    Unit {
-        name: "no vIOMMU",
-        cmdline: "",
-        nestling: None,
-        qemu: None,
-        lazy: false,
-    },
-    Unit {
-        name: "VT-d, shadowed",
-        cmdline: "intel_iommu=on",
-        nestling: Some("type=vtd,mode=legacy,address_width=39"),
-        qemu: Some("intel-iommu,caching-mode=on,intremap=off,aw-bits=39"),
-        lazy: false,
-    },
-    Unit {
-        name: "virtio-iommu",
-        cmdline: "iommu.strict=1",
-        nestling: Some("type=virtio"),
-        qemu: Some("virtio-iommu-pci"),
-        lazy: true,
-    },
-];
+const NONE: Unit = Unit {
+    name: Figure::BASE,
+    cmdline: "",
+    nestling: None,
+    qemu: None,
+    lazy: false,
+};
+/// Second-stage tables, which both mirror: no host of the lab nests. Widths are equal, so that
+/// tables have as many levels; with caching mode Linux flushes at once whatever it is told.
+const VTD: Unit = Unit {
+    name: "VT-d, mirrored",
+    cmdline: "intel_iommu=on",
+    nestling: Some("type=vtd,mode=legacy,address_width=39"),
+    qemu: Some("intel-iommu,caching-mode=on,intremap=off,aw-bits=39"),
+    lazy: false,
+};
+const VIRTIO: Unit = Unit {
+    name: "virtio-iommu",
+    cmdline: "iommu.strict=1",
+    nestling: Some("type=virtio"),
+    qemu: Some("virtio-iommu-pci"),
+    lazy: true,
+};
 
-const VMMS: [&str; 2] = ["nestling", "QEMU"];
-
-/// Operations per second: for each row, ours and theirs.
-type Rates = Vec<(String, [f64; 2])>;
-
-/// `cargo lab bench nvme`.
-///
-/// # Errors
-/// A guest failed.
-pub(super) fn run(lab: &Lab) -> Result<()> {
+fn ours(lab: &Lab, unit: &Unit) -> Result<()> {
     let drive = Bound::new(NVME)?;
-    let qemu = copy_qemu(lab)?;
-    let mut rates = Rates::new();
-    for unit in &UNITS {
-        let guest = Guest::lab_kernel().cpus(2).cmdline(unit.cmdline).option(
-            "--device",
-            &drive.option(match unit.nestling {
-                Some(_) => ",iommu=on",
-                None => "",
-            }),
-        );
-        let guest = match unit.nestling {
-            Some(option) => guest.option("--viommu", option),
-            None => guest,
-        };
-        let mut machine = guest.boot(lab)?;
-        measure(unit, 0, &mut rates, |command| {
-            machine.run_within(SLOW, command)
-        })?;
-        machine.run(UNBIND)?;
-        machine.power_off()?;
-
-        let mut machine = Qemu::boot(lab, &qemu, unit)?;
-        measure(unit, 1, &mut rates, |command| machine.run(command))?;
-        machine.power_off()?;
+    let behind = if unit.nestling.is_some() {
+        ",iommu=on"
+    } else {
+        ""
+    };
+    let mut guest = Guest::lab_kernel()
+        .cpus(2)
+        .cmdline(unit.cmdline)
+        .option("--device", &drive.option(behind));
+    if let Some(option) = unit.nestling {
+        guest = guest.option("--viommu", option);
     }
-    report(&rates);
+    let mut machine = guest.boot(lab)?;
+    measure(lab, unit, "nestling", |command| {
+        machine.run_within(SLOW, command)
+    })?;
+    machine.run(UNBIND)?;
+    machine.power_off()?;
     Ok(())
 }
 
-/// Adds what one guest of ours (0) or QEMU's (1) does.
+fn theirs(lab: &Lab, unit: &Unit) -> Result<()> {
+    let _drive = Bound::new(NVME)?;
+    let mut machine = Qemu::boot(lab, &copy_qemu(lab)?, unit)?;
+    measure(lab, unit, "QEMU", |command| machine.run(command))?;
+    machine.power_off()
+}
+
+/// Leaves what one guest does as figures.
 fn measure(
+    lab: &Lab,
     unit: &Unit,
-    whose: usize,
-    rates: &mut Rates,
+    vmm: &'static str,
     mut run: impl FnMut(&str) -> Result<String>,
 ) -> Result<()> {
     run("for i in $(seq 200); do [ -b /dev/nvme0n1 ] && exit 0; sleep 0.1; done; exit 1")?;
@@ -111,40 +121,30 @@ fn measure(
         "{}: the groups have the types {groups:?}",
         unit.name
     );
-    let mut row = |name: String, run: &mut dyn FnMut(&str) -> Result<String>| -> Result<()> {
+    let mut figures = Figures::new(lab);
+    let mut add = |of: String, run: &mut dyn FnMut(&str) -> Result<String>| -> Result<()> {
         sample(run)?;
         let values = (0..SAMPLES)
             .map(|_| sample(run))
             .collect::<Result<Vec<_>>>()?;
-        let rate = middle(values);
-        show(format!("{}, {name}: {rate:.0}", VMMS[whose]));
-        match rates.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, both)) => both[whose] = rate,
-            None => {
-                let mut both = [f64::NAN; 2];
-                both[whose] = rate;
-                rates.push((name, both));
-            }
-        }
-        Ok(())
+        figures.add(QUANTITY, vmm, &of, values)
     };
-    row(unit.name.to_owned(), &mut run)?;
+    add(unit.name.to_owned(), &mut run)?;
     if unit.lazy {
         run("echo DMA-FQ > /sys/block/nvme0n1/device/device/iommu_group/type")?;
-        row(format!("{}, lazy", unit.name), &mut run)?;
+        add(format!("{}, lazy", unit.name), &mut run)?;
     }
     Ok(())
 }
 
-/// Reads per second, two at a time.
+/// Reads per second, two at a time, over some seconds.
 fn sample(run: &mut dyn FnMut(&str) -> Result<String>) -> Result<f64> {
-    // In hundredths of a second, as the kernel counts.
-    let reader = format!(
-        "now() {{ read t rest < /proc/uptime; echo ${{t%.*}}${{t#*.}}; }}; \
-         n=0; from=$(now); while t=$(now); [ $((t - from)) -lt {SECONDS}00 ]; do \
-         dd if=/dev/nvme0n1 of=/dev/null bs=4k count=256 skip=$((SKIP + n % 4096)) iflag=direct \
-         2> /dev/null || exit 1; n=$((n + 256)); done; echo $n $((t - from))"
-    );
+    // So many reads of one program that starting it is no part of what is measured; in hundredths
+    // of a second, as the kernel counts.
+    let reader = "now() { read t rest < /proc/uptime; echo ${t%.*}${t#*.}; }; \
+         n=0; from=$(now); while t=$(now); [ $((t - from)) -lt 200 ]; do \
+         dd if=/dev/nvme0n1 of=/dev/null bs=4k count=2048 skip=$((SKIP + n % 4096)) iflag=direct \
+         2> /dev/null || exit 1; n=$((n + 2048)); done; echo $n $((t - from))";
     let said = run(&format!(
         "(SKIP=0; {reader}) > /tmp/one & (SKIP=8192; {reader}) > /tmp/two & wait; \
          cat /tmp/one /tmp/two"
@@ -158,25 +158,6 @@ fn sample(run: &mut dyn FnMut(&str) -> Result<String>) -> Result<f64> {
     }
     ensure!(said.lines().count() == 2, "{said:?} is no sample");
     Ok(rate)
-}
-
-fn middle(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn report(rates: &Rates) {
-    let names: Vec<&str> = rates.iter().map(|(name, _)| name.as_str()).collect();
-    show("Reads of 4 KiB of a passed-through NVMe drive per second, two at a time, medians:");
-    let column = |n: usize| rates.iter().map(|(_, rate)| rate[n]).collect();
-    table(&names, &[(VMMS[0], column(0)), (VMMS[1], column(1))]);
-    show("The same in percent of what each VMM's guest does without a vIOMMU:");
-    let alone = |n: usize| rates.first().map_or(f64::NAN, |(_, rate)| rate[n]);
-    let column = |n: usize| {
-        let percent = |(_, rate): &(String, [f64; 2])| 100.0 * rate[n] / alone(n);
-        rates.iter().map(percent).collect()
-    };
-    table(&names, &[(VMMS[0], column(0)), (VMMS[1], column(1))]);
 }
 
 /// A guest of QEMU's.

@@ -3,6 +3,7 @@
 pub mod api;
 pub mod bound;
 pub mod dmesg;
+pub mod figures;
 mod guest;
 pub mod huge;
 pub mod iommufd;
@@ -36,6 +37,8 @@ pub struct Test {
     pub inside: bool,
     /// It makes devices fault on purpose, which the host's kernel must report.
     pub faults: bool,
+    /// An emulated host is booted for it alone.
+    pub alone: bool,
     /// The test.
     pub run: fn(&Lab) -> Result<()>,
 }
@@ -51,6 +54,7 @@ impl Test {
             tiny: false,
             inside: false,
             faults: false,
+            alone: false,
             run,
         }
     }
@@ -85,6 +89,13 @@ impl Test {
         self
     }
 
+    /// In an emulated host that was booted for it, and ends after it: a measurement that nothing
+    /// before it may disturb.
+    pub const fn alone(mut self) -> Self {
+        self.alone = true;
+        self
+    }
+
     /// Run only when named.
     pub const fn on_request(mut self) -> Self {
         self.on_request = true;
@@ -100,6 +111,7 @@ pub struct Listed {
     limit: u64,
     on_request: bool,
     tiny: bool,
+    alone: bool,
 }
 
 /// The list for the lab.
@@ -113,6 +125,7 @@ pub fn list(all: &[(&str, &[Test])]) -> Vec<Listed> {
             limit: test.limit,
             on_request: test.on_request,
             tiny: test.tiny,
+            alone: test.alone,
         }));
     }
     listed
