@@ -3,36 +3,42 @@
 
 #![forbid(unsafe_code)]
 
+mod error;
+mod front_end;
+mod units;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
-use devices::bus::{Bus, BusDevice, BusError};
+use devices::bus::Bus;
 use devices::passthrough::Before;
 use devices::virtio::VirtioIommu;
-use serde::Serialize;
+use viommu::backend::Backend;
 use viommu::backend::iommufd::HostIommu;
 use viommu::backend::software::{Config, EndpointConfig, Engine};
-use viommu::backend::{Backend, Capabilities, Refused};
 use viommu::dma::DmaPort;
 use viommu::doorbell::Doorbell;
-use viommu::pasid;
-use viommu::reserved::{Regions, X86_MSI};
+use viommu::reserved::Regions;
 use viommu::spec::vtd::dmar::{Dmar, Drhd, Oem, Scope};
-use viommu::virtio::viot::{self, Topology, TopologyError};
-use viommu::virtio::{self, Iommu, Snapshot};
+use viommu::virtio::viot::{self, Topology};
+use viommu::virtio::{self, Iommu};
 use viommu::vtd::{
-    self, Connections, InterruptRemapper, Mode, REGISTERS_SIZE, Unit, UnitConfig, UnitState,
-    Unsupported, check_agreement,
+    Connections, InterruptRemapper, Mode, REGISTERS_SIZE, Unit, UnitConfig, check_agreement,
 };
-use viommu::{Gpa, GuestRam, Rid};
+use viommu::{GuestRam, Rid};
 
+pub use self::error::ViommuError;
+use self::front_end::Registers;
+pub(super) use self::front_end::{FrontEnd, counters, states};
+pub use self::front_end::{ViommuState, ViommuStates};
+use self::units::{doorbell, mode_of_units, unit_config};
 use super::observed::{Observed, Told};
 use super::pasids::VmPasids;
 use super::slots::{Home, Slots};
-use crate::config::{Behind, MsiMode, UnitMode, ViommuConfig, ViommuKind, VmConfig};
-use crate::control::{Counters, Events};
+use crate::config::{Behind, ViommuConfig, ViommuKind, VmConfig};
+use crate::control::Events;
 use crate::interrupts::doorbell::MappedDoorbell;
-use crate::interrupts::remapping::{RemappingState, RemappingUnit};
+use crate::interrupts::remapping::RemappingUnit;
 use crate::interrupts::{Interrupts, Remapper};
 use crate::kvm::cpuid::Paging;
 use crate::memory::layout::{Layout, VTD_UNITS};
@@ -41,68 +47,6 @@ use crate::memory::layout::{Layout, VTD_UNITS};
 pub(super) const IOAPIC_ID: u8 = 0;
 /// The source-id of its interrupts: an address where no function is.
 const IOAPIC_SOURCE: Rid = Rid::new(0xff, 0x1f, 0);
-
-/// Why a vIOMMU, or a device behind it, cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum ViommuError {
-    /// What was asked for is not there.
-    #[error(transparent)]
-    Unsupported(Box<Unsupported>),
-    /// A device cannot be behind its VT-d unit.
-    #[error(transparent)]
-    VtdEndpoint(Box<vtd::AddError>),
-    /// A virtio-iommu has nothing to offer.
-    #[error(transparent)]
-    Virtio(#[from] virtio::ConfigError),
-    /// A device cannot be behind its virtio-iommu.
-    #[error(transparent)]
-    VirtioEndpoint(Box<virtio::AddError>),
-    /// The VIOT table.
-    #[error(transparent)]
-    Topology(#[from] TopologyError),
-    /// The engine does not take the device.
-    #[error(transparent)]
-    Engine(#[from] Refused),
-    /// A register page is taken.
-    #[error(transparent)]
-    Bus(#[from] BusError),
-    /// The host has no PASIDs for the VM.
-    #[error(transparent)]
-    Pasids(#[from] pasid::Error),
-    /// A device that came to a unit has taken its PASIDs away.
-    #[error(
-        "vIOMMU {0} has vcmd=on, but not every device behind it has PASIDs; put the others behind another vIOMMU, or leave vcmd out"
-    )]
-    NoPasids(String),
-    /// A device that came late cannot use the PASIDs that the guest may have already.
-    #[error(
-        "the device has {has} bits of PASID, but the guest's virtual commands give PASIDs of {offered} bits; restart the VM with this device present, or leave vcmd out"
-    )]
-    FewPasids {
-        /// Its bits.
-        has: u8,
-        /// The guest's.
-        offered: u8,
-    },
-}
-
-impl From<Unsupported> for ViommuError {
-    fn from(error: Unsupported) -> Self {
-        Self::Unsupported(Box::new(error))
-    }
-}
-
-impl From<vtd::AddError> for ViommuError {
-    fn from(error: vtd::AddError) -> Self {
-        Self::VtdEndpoint(Box::new(error))
-    }
-}
-
-impl From<virtio::AddError> for ViommuError {
-    fn from(error: virtio::AddError) -> Self {
-        Self::VirtioEndpoint(Box::new(error))
-    }
-}
 
 /// The vIOMMUs of a VM.
 pub(super) struct Viommus {
@@ -133,52 +77,6 @@ struct Placed {
     host: Weak<Observed>,
     /// How interrupts from behind it reach their doorbell.
     doorbell: Doorbell,
-}
-
-/// What the guest sees of a vIOMMU.
-#[derive(Clone)]
-pub(super) enum FrontEnd {
-    /// A unit, and where its registers are.
-    Vtd {
-        unit: Arc<Unit>,
-        base: u64,
-        remapping: Option<Arc<RemappingUnit>>,
-    },
-    /// A virtio-iommu, and which PCI function it is.
-    Virtio {
-        id: String,
-        unit: Arc<Iommu>,
-        rid: Rid,
-    },
-}
-
-/// The state of one vIOMMU, as a user may ask for it while the VM runs.
-#[derive(Debug, Serialize, utoipa::ToSchema)]
-#[serde(tag = "type", rename_all = "kebab-case")]
-pub enum ViommuState {
-    /// A VT-d unit's.
-    Vtd {
-        /// What it holds.
-        #[serde(flatten)]
-        unit: UnitState,
-        /// Its interrupt remapping, where it is offered.
-        interrupt_remapping: Option<RemappingState>,
-    },
-    /// A virtio-iommu's.
-    Virtio {
-        /// Its name.
-        id: String,
-        /// What it holds.
-        #[serde(flatten)]
-        snapshot: Snapshot,
-    },
-}
-
-/// The state of all vIOMMUs of a VM.
-#[derive(Debug, Serialize, utoipa::ToSchema)]
-pub struct ViommuStates {
-    /// Each vIOMMU, in the order of the configuration.
-    pub viommus: Vec<ViommuState>,
 }
 
 impl Viommus {
@@ -571,268 +469,5 @@ impl Viommus {
     pub(super) fn front_ends(&self) -> Vec<FrontEnd> {
         let placed = self.placed.iter().map(|p| &p.front);
         placed.chain(&self.rest).cloned().collect()
-    }
-}
-
-impl FrontEnd {
-    fn id(&self) -> &str {
-        match self {
-            Self::Vtd { unit, .. } => &unit.config().id,
-            Self::Virtio { id, .. } => id,
-        }
-    }
-
-    fn remapper(&self) -> Option<Arc<dyn Remapper>> {
-        match self {
-            Self::Vtd { remapping, .. } => remapping.clone().map(|r| r as Arc<dyn Remapper>),
-            Self::Virtio { .. } => None,
-        }
-    }
-
-    /// `reserved` is what a virtio-iommu tells the guest of the endpoint; with VT-d, a guest knows
-    /// the interrupt window by itself.
-    fn add(
-        &self,
-        rid: Rid,
-        backend: Arc<dyn Backend>,
-        reserved: Regions,
-    ) -> Result<(), ViommuError> {
-        match self {
-            Self::Vtd { unit, .. } => Ok(unit.add_endpoint(rid, backend)?),
-            Self::Virtio { unit, .. } => Ok(unit.add_endpoint(rid, backend, reserved)?),
-        }
-    }
-
-    fn remove(&self, rid: Rid) {
-        match self {
-            Self::Vtd { unit, .. } => unit.remove_endpoint(rid),
-            Self::Virtio { unit, .. } => unit.remove_endpoint(rid),
-        }
-    }
-
-    /// What the guest is offered for a device's own features, from here on for ever.
-    fn offered(&self) -> Capabilities {
-        match self {
-            Self::Vtd { unit, .. } => {
-                let offer = unit.freeze();
-                Capabilities {
-                    stage1: offer.ecap.fsts(),
-                    stage1_57: offer.cap.fs5lp(),
-                    stage1_1g: offer.cap.fs1gp(),
-                    sre: offer.ecap.srs(),
-                    pasid_bits: offer.pasid_bits(),
-                    page_requests: offer.ecap.prs(),
-                    address_width: offer.address_width(),
-                    ..Capabilities::NOTHING
-                }
-            }
-            Self::Virtio { .. } => Capabilities::NOTHING,
-        }
-    }
-
-    fn counters(&self) -> BTreeMap<String, u64> {
-        let mut counters = BTreeMap::new();
-        let mut tell = |name: &str, count: u64| {
-            counters.insert(name.to_owned(), count);
-        };
-        match self {
-            Self::Vtd { unit, .. } => {
-                let state = unit.state();
-                let (queue, asked) = (state.queue, state.back_end);
-                tell("context_cache_invalidations", queue.context_cache);
-                tell("pasid_cache_invalidations", queue.pasid_cache);
-                tell("iotlb_invalidations", queue.iotlb);
-                tell("pasid_iotlb_invalidations", queue.pasid_iotlb);
-                tell("device_tlb_invalidations", queue.device_tlb);
-                let entries = queue.interrupt_entry_cache;
-                tell("interrupt_entry_cache_invalidations", entries);
-                tell("page_group_responses", queue.page_group_response);
-                tell("waits", queue.wait);
-                tell("queue_errors", queue.errors);
-                tell("applies", asked.applies);
-                tell("refusals", asked.refusals);
-                tell("back_end_invalidations", asked.invalidations);
-                tell("page_requests", state.page_requests);
-                tell("page_requests_refused", state.page_requests_refused);
-                tell("faults_recorded", state.faults_recorded);
-                tell("faults_lost", state.faults_lost);
-            }
-            Self::Virtio { unit, .. } => {
-                let Snapshot {
-                    counters, faults, ..
-                } = unit.snapshot();
-                tell("requests", counters.requests);
-                tell("map_calls", counters.map_calls);
-                tell("unmap_calls", counters.unmap_calls);
-                tell("refusals", counters.refusals);
-                tell("faults_recorded", faults.reported);
-                tell("faults_lost", faults.dropped);
-            }
-        }
-        counters
-    }
-
-    fn state(&self) -> ViommuState {
-        match self {
-            Self::Vtd {
-                unit, remapping, ..
-            } => ViommuState::Vtd {
-                unit: unit.state(),
-                interrupt_remapping: remapping.as_ref().map(|remapping| remapping.state()),
-            },
-            Self::Virtio { id, unit, .. } => ViommuState::Virtio {
-                id: id.clone(),
-                snapshot: unit.snapshot(),
-            },
-        }
-    }
-}
-
-/// The state of all of `front_ends`.
-pub(super) fn states(front_ends: &[FrontEnd]) -> ViommuStates {
-    ViommuStates {
-        viommus: front_ends.iter().map(FrontEnd::state).collect(),
-    }
-}
-
-/// What all of `front_ends` count, by their names.
-pub(super) fn counters(front_ends: &[FrontEnd]) -> Counters {
-    let of = |front: &FrontEnd| (front.id().to_owned(), front.counters());
-    front_ends.iter().map(of).collect()
-}
-
-/// The mode of units that do not say it: that of one that does, as all have the same; else
-/// scalable mode, unless that needs a host that `nests`, and this one does not.
-fn mode_of_units(vm: &VmConfig, nests: bool) -> UnitMode {
-    let units = || vm.viommus.iter().filter(|c| c.kind == ViommuKind::Vtd);
-    if let Some(mode) = units().find_map(|unit| unit.mode) {
-        return mode;
-    }
-    // Who asks for what only scalable mode has is told why it cannot be had.
-    let scalable = |unit: &ViommuConfig| {
-        unit.nested || unit.vcmd || unit.pasid_bits.is_some_and(|bits| bits > 0)
-    };
-    let is_unit = |behind: Behind<'_>| match behind {
-        Behind::Nothing => false,
-        Behind::Default => vm
-            .viommus
-            .first()
-            .is_some_and(|c| c.kind == ViommuKind::Vtd),
-        Behind::Named(id) => units().any(|unit| unit.id == id),
-    };
-    let mut devices = vm.devices.iter();
-    let needs_it = devices.any(|d| is_unit(Behind::new(d.iommu, d.viommu.as_deref())));
-    if nests || !needs_it || units().any(scalable) {
-        return UnitMode::Scalable;
-    }
-    log::info!(
-        "the host's IOMMU cannot nest: the guest's has legacy mode, and its tables are mirrored"
-    );
-    UnitMode::Legacy
-}
-
-fn doorbell(config: &ViommuConfig) -> Doorbell {
-    match config.msi {
-        MsiMode::Intercepted => Doorbell::Intercepted,
-        MsiMode::Mapped => Doorbell::Mapped(Gpa(config.doorbell.map_or(X86_MSI.first, |at| at.0))),
-    }
-}
-
-fn unit_config(config: &ViommuConfig, mode: UnitMode) -> UnitConfig {
-    UnitConfig {
-        id: config.id.clone(),
-        mode: match config.mode.unwrap_or(mode) {
-            UnitMode::Scalable => Mode::Scalable,
-            UnitMode::Legacy => Mode::Legacy,
-        },
-        address_width: config.address_width,
-        pasid_bits: config.pasid_bits,
-        interrupt_remapping: config.interrupt_remapping,
-        nested: config.nested,
-        bypass: config.bypass,
-        interrupts_only: false,
-    }
-}
-
-/// A unit's register page.
-struct Registers(Arc<Unit>);
-
-impl BusDevice for Registers {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        self.0.read(offset, data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        self.0.write(offset, data);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::DeviceConfig;
-
-    fn vm(units: &[ViommuConfig], behind: Option<&str>) -> VmConfig {
-        VmConfig {
-            viommus: units.to_vec(),
-            devices: vec![DeviceConfig {
-                iommu: behind == Some(""),
-                viommu: behind.filter(|id| !id.is_empty()).map(Into::into),
-                ..DeviceConfig::default()
-            }],
-            ..VmConfig::default()
-        }
-    }
-
-    fn unit(change: impl FnOnce(&mut ViommuConfig)) -> ViommuConfig {
-        let mut unit = ViommuConfig::default();
-        change(&mut unit);
-        unit
-    }
-
-    #[test]
-    fn a_unit_before_a_device_of_a_host_that_cannot_nest_has_legacy_mode() {
-        let plain = [unit(|_| ())];
-        assert_eq!(
-            mode_of_units(&vm(&plain, Some("")), false),
-            UnitMode::Legacy
-        );
-        assert_eq!(
-            mode_of_units(&vm(&plain, Some("viommu0")), false),
-            UnitMode::Legacy
-        );
-        assert_eq!(
-            mode_of_units(&vm(&plain, Some("")), true),
-            UnitMode::Scalable
-        );
-        // The device is behind none of them.
-        assert_eq!(mode_of_units(&vm(&plain, None), false), UnitMode::Scalable);
-        let other = [
-            unit(|_| ()),
-            unit(|u| (u.kind, u.id) = (ViommuKind::Virtio, "b".into())),
-        ];
-        assert_eq!(
-            mode_of_units(&vm(&other, Some("b")), false),
-            UnitMode::Scalable
-        );
-    }
-
-    #[test]
-    fn what_a_user_asks_for_is_not_taken_away_in_silence() {
-        let mode = |units: &[ViommuConfig]| mode_of_units(&vm(units, Some("")), false);
-        let scalable = |u: &mut ViommuConfig| u.mode = Some(UnitMode::Scalable);
-        assert_eq!(
-            mode(&[unit(|u| u.id = "b".into()), unit(scalable)]),
-            UnitMode::Scalable
-        );
-        let wishes: [fn(&mut ViommuConfig); 3] = [
-            |u| u.nested = true,
-            |u| u.vcmd = true,
-            |u| u.pasid_bits = Some(8),
-        ];
-        for wish in wishes {
-            assert_eq!(mode(&[unit(wish)]), UnitMode::Scalable);
-        }
-        assert_eq!(mode(&[unit(|u| u.pasid_bits = Some(0))]), UnitMode::Legacy);
     }
 }
