@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use devices::interrupt::{MsiSource, MsiVector};
 use devices::passthrough::features::{Switch, Wishes};
-use devices::passthrough::vfio::Mapping;
+use devices::passthrough::hardware::Mapping;
 use devices::passthrough::{
     Admitted, Before, Connections, DirectMemory, HostError, LegacyContainer, PassthroughHost,
     VfioPci,

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{GuestConfig, Offer, ROM_BAR, SIZE, Written};
+use super::hardware::{CONFIG, Hardware, Irq, Mapping, borrow};
 use super::layout;
 use super::line::Line;
-use super::vfio::{CONFIG, Hardware, Irq, Mapping, borrow};
 use crate::counters;
 use crate::counters::Counters;
 use crate::interrupt::{LevelLine, MsiSource, MsiVector};

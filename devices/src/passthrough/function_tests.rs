@@ -6,7 +6,7 @@ use viommu::interrupt::Msi;
 use vmm_sys_util::tempfile::TempFile;
 
 use super::super::config::tests::{LENGTHS, nvme};
-use super::super::vfio::Region;
+use super::super::hardware::Region;
 use super::*;
 use crate::interrupt::{EndOfInterrupt, IrqLine};
 

@@ -19,8 +19,9 @@ use viommu::{GuestRam, Rid, Target};
 use super::config::{Offer, SIZE, has_page_requests};
 use super::features::{self, Facts, NotOffered, Wishes};
 use super::function::{Connections, VfioPci};
+use super::hardware::{CONFIG, Hardware};
 use super::legacy::{CONTAINER, Group, LegacyContainer, LegacyError};
-use super::vfio::{CONFIG, Hardware, OpenError, VfioDevice};
+use super::vfio::{OpenError, VfioDevice};
 
 /// Why a device is not in the VM.
 #[derive(Debug, thiserror::Error)]

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::vfio::Hardware;
+use super::hardware::Hardware;
 use crate::interrupt::{EndOfInterrupt, LevelLine};
 
 pub(super) struct Line {

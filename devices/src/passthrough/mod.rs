@@ -3,6 +3,7 @@
 pub mod config;
 pub mod features;
 mod function;
+pub mod hardware;
 mod host;
 pub mod layout;
 mod legacy;

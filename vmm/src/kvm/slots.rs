@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::passthrough::DirectMemory;
-use devices::passthrough::vfio::Mapping;
+use devices::passthrough::hardware::Mapping;
 use kvm_bindings::kvm_userspace_memory_region;
 
 use super::Vm;

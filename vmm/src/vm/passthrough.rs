@@ -12,7 +12,8 @@ use std::sync::Arc;
 use devices::interrupt::LevelLine;
 use devices::legacy::Ioapic;
 use devices::passthrough::features::{Switch, Wishes};
-use devices::passthrough::vfio::{Hardware, Irq, OpenError};
+use devices::passthrough::hardware::{Hardware, Irq};
+use devices::passthrough::vfio::OpenError;
 use devices::passthrough::{
     Admitted, Connections, DirectMemory, HostError, PassthroughHost, VfioPci, reserved_regions,
     reserved_regions_of_host,

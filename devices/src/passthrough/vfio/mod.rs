@@ -1,253 +1,27 @@
-//! The host's VFIO, one device: the calls that [`VfioPci`](super::VfioPci) needs, behind a trait so
-//! that tests have devices without hardware.
+//! The host's VFIO, one device.
 //!
 //! Direct calls on vfio-bindings: vfio-ioctls makes an address space of its own for each VM,
 //! swallows errors of register accesses and of resets, and detaches requests without PASID only.
 
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions, read_dir, read_link};
+mod open;
+mod region;
+
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio as sys;
 use viommu::Pasid;
 use viommu::backend::iommufd::AttachDevice;
-use vmm_sys_util::eventfd::EventFd;
 
-/// Why a device could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// It is not bound to a VFIO driver.
-    #[error(
-        "{0} has no VFIO device: bind it to vfio-pci first (nestling doctor prints the commands)"
-    )]
-    NotBound(PathBuf),
-    /// The node is there and cannot be opened.
-    #[error("{path} cannot be opened: {source}; another VM may have it, or this user may not")]
-    Open {
-        /// The device node.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The kernel does not give it to this iommufd.
-    #[error("{path} cannot be bound to iommufd: {reason}")]
-    Bind {
-        /// The device.
-        path: PathBuf,
-        /// What the error number means here.
-        reason: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// What was passed in is something else.
-    #[error("the descriptor for {0} is not its VFIO device; pass an open /dev/vfio/devices/{1}")]
-    NotIt(PathBuf, String),
-    /// A call that every VFIO PCI device answers failed.
-    #[error("{call} failed for {path}; is this a PCI device?")]
-    Call {
-        /// The device.
-        path: PathBuf,
-        /// The call, by the kernel's name.
-        call: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-}
-
-/// What a bind error means (contract A1).
-fn bind_reason(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(libc::EPERM) => "the host does not remap interrupts, or another process owns its \
-             group; if the guest is trusted: modprobe iommufd allow_unsafe_interrupts=1"
-            .into(),
-        Some(libc::EBUSY) => {
-            "its group is in use by a host driver or another VM (nestling doctor names it)".into()
-        }
-        Some(libc::EINVAL) => {
-            "another process has it already, or the firmware reserves memory for it (RMRR), or its \
-             IOMMU is not coherent"
-                .into()
-        }
-        Some(libc::ENODEV) => "it stands behind no IOMMU; enable VT-d in the firmware".into(),
-        _ => error.to_string(),
-    }
-}
-
-/// The name of the character device of the function at `sysfs`.
-fn node_of(sysfs: &Path) -> Result<OsString, OpenError> {
-    read_dir(sysfs.join("vfio-dev"))
-        .ok()
-        .and_then(|mut entries| entries.next()?.ok())
-        .map(|entry| entry.file_name())
-        .ok_or_else(|| OpenError::NotBound(sysfs.into()))
-}
-
-/// The other functions of the group of the one at `sysfs` that a driver of the host has, each with
-/// its driver.
-fn host_drivers(sysfs: &Path) -> Vec<String> {
-    let own = sysfs.file_name();
-    let members = read_dir(sysfs.join("iommu_group/devices"));
-    let mut found = Vec::new();
-    for member in members.into_iter().flatten().flatten() {
-        let driver = read_link(member.path().join("driver")).ok();
-        let driver = driver.as_deref().and_then(Path::file_name);
-        if let Some(driver) = driver
-            && Some(member.file_name().as_os_str()) != own
-            && driver != "vfio-pci"
-        {
-            let (name, driver) = (member.file_name(), driver.to_string_lossy());
-            found.push(format!(
-                "{}, which the driver {driver} has",
-                name.to_string_lossy()
-            ));
-        }
-    }
-    found.sort();
-    found
-}
-
-/// One region of a device: a base address register, the ROM, configuration space.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Region {
-    /// Bytes; 0 when the device has none.
-    pub length: u64,
-    /// Parts (offset, length) that may be mapped into the guest; empty when none may.
-    pub mappable: Vec<(u64, u64)>,
-}
-
-/// Device memory that is mapped into this process, and from here into the guest.
-#[derive(Debug)]
-pub struct Mapping {
-    address: NonNull<libc::c_void>,
-    length: usize,
-}
-
-// SAFETY: the address is a number here: this type never reads or writes through it.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; there is nothing to race for.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    /// Where it is in this process.
-    pub fn address(&self) -> u64 {
-        self.address.as_ptr() as u64
-    }
-
-    /// Bytes.
-    pub fn length(&self) -> u64 {
-        self.length as u64
-    }
-
-    /// Maps `length` bytes of `file` at `offset`.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn new(file: BorrowedFd<'_>, offset: u64, length: u64) -> io::Result<Self> {
-        let length = usize::try_from(length).map_err(io::Error::other)?;
-        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: the kernel chooses a free place, so no other memory of ours changes.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                offset,
-            )
-        };
-        match NonNull::new(address) {
-            Some(address) if address.as_ptr() != libc::MAP_FAILED => Ok(Self { address, length }),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: this range was mapped by `new`, and nothing refers to it: whoever gave it to
-        // KVM keeps this value until the slot is gone.
-        unsafe { libc::munmap(self.address.as_ptr(), self.length) };
-    }
-}
-
-/// The interrupts of a device (`VFIO_PCI_*_IRQ_INDEX`).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-#[repr(u32)]
-pub enum Irq {
-    /// The line.
-    Intx = sys::VFIO_PCI_INTX_IRQ_INDEX,
-    /// MSI.
-    Msi = sys::VFIO_PCI_MSI_IRQ_INDEX,
-    /// MSI-X.
-    Msix = sys::VFIO_PCI_MSIX_IRQ_INDEX,
-    /// An uncorrected error happened: the device is not usable.
-    Error = sys::VFIO_PCI_ERR_IRQ_INDEX,
-    /// The host wants the device back.
-    Request = sys::VFIO_PCI_REQ_IRQ_INDEX,
-}
-
-/// The region that is configuration space.
-pub const CONFIG: u32 = sys::VFIO_PCI_CONFIG_REGION_INDEX;
-
-/// What a passed-through device is made of.
-pub trait Hardware: Send + Sync {
-    /// Reads `data.len()` bytes of `region`.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    fn read(&self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()>;
-
-    /// Writes `data` to `region`.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<()>;
-
-    /// What `region` is; a region that does not exist has length 0.
-    fn region(&self, region: u32) -> Region;
-
-    /// Maps a part of `region`, which is within what it says is mappable.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    fn map(&self, region: u32, offset: u64, length: u64) -> io::Result<Arc<Mapping>>;
-
-    /// How many interrupts of a kind there are; 0 when there are none.
-    fn interrupts(&self, irq: Irq) -> u32;
-
-    /// Connects the first interrupts of a kind to `eventfds`; none disables the kind.
-    ///
-    /// # Errors
-    /// The host has no more interrupt vectors.
-    fn connect(&self, irq: Irq, eventfds: &[BorrowedFd<'_>]) -> io::Result<()>;
-
-    /// Lets the line interrupt again; it masks itself whenever it does.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    fn unmask_line(&self) -> io::Result<()>;
-
-    /// Function-level reset, or the next best that the device has.
-    ///
-    /// # Errors
-    /// The device cannot be reset.
-    fn reset(&self) -> io::Result<()>;
-
-    /// Device memory as a dma-buf, for the DMA of other devices.
-    ///
-    /// # Errors
-    /// `ENOTTY` or `EOPNOTSUPP` on hosts without P2P.
-    fn export(&self, region: u32, offset: u64, length: u64) -> io::Result<OwnedFd>;
-}
+pub use self::open::OpenError;
+use self::open::{bind_reason, host_drivers, node_of};
+use self::region::region;
+use super::hardware::{CONFIG, Hardware, Irq, Mapping, Region};
 
 /// `_IO(';', 100 + n)`
 const fn number(n: u32) -> libc::c_ulong {
@@ -422,50 +196,6 @@ fn call<T>(file: &File, number: libc::c_ulong, argument: &mut T) -> io::Result<(
         return Err(io::Error::last_os_error());
     }
     Ok(())
-}
-
-/// Words of a region's description: the structure, then room for its capabilities.
-const REGION_WORDS: usize = 128;
-
-fn region(file: &File, index: u32) -> io::Result<(u64, Region)> {
-    let mut words = [0u64; REGION_WORDS];
-    words[0] = size_of::<[u64; REGION_WORDS]>() as u64; // argsz, flags
-    words[1] = index.into(); // index, cap_offset
-    call(file, DEVICE_GET_REGION_INFO, &mut words)?;
-    Ok(decode_region(&words))
-}
-
-/// `struct vfio_region_info` and its chain of capabilities.
-fn decode_region(words: &[u64; REGION_WORDS]) -> (u64, Region) {
-    let dword = |at: usize| {
-        let word = words.get(at / 8).copied().unwrap_or(0);
-        (word >> (8 * (at as u64 & 4))) as u32
-    };
-    let qword = |at: usize| u64::from(dword(at)) | u64::from(dword(at + 4)) << 32;
-    let (flags, length, offset) = (dword(4), words[2], words[3]);
-    let mut mappable = Vec::new();
-    if flags & sys::VFIO_REGION_INFO_FLAG_MMAP != 0 {
-        mappable.push((0, length));
-    }
-    let mut next = dword(12) as usize;
-    // As many capabilities as there is room for: the chain is the kernel's, but bounded all the
-    // same.
-    for _ in 0..REGION_WORDS {
-        let inside = (32..REGION_WORDS * 8).contains(&next);
-        if flags & sys::VFIO_REGION_INFO_FLAG_CAPS == 0 || !inside {
-            break;
-        }
-        if dword(next) & 0xffff == sys::VFIO_REGION_INFO_CAP_SPARSE_MMAP {
-            let count = dword(next + 8) as usize;
-            mappable = (0..count.min(REGION_WORDS))
-                .map(|index| next + 16 + 16 * index)
-                .map(|at| (qword(at), qword(at + 8)))
-                .filter(|&(_, length)| length != 0)
-                .collect();
-        }
-        next = dword(next + 4) as usize;
-    }
-    (offset, Region { length, mappable })
 }
 
 impl Hardware for VfioDevice {
@@ -661,12 +391,6 @@ impl VfioDevice {
     }
 }
 
-/// An eventfd's descriptor, as VFIO takes it.
-pub(super) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: an eventfd's descriptor is its own, and stays open as long as it is borrowed.
-    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -685,83 +409,6 @@ mod tests {
         assert_eq!(size_of::<sys::vfio_device_bind_iommufd>(), 24);
         assert_eq!(size_of::<sys::vfio_device_attach_iommufd_pt>(), 16);
         assert_eq!(size_of::<sys::vfio_device_detach_iommufd_pt>(), 12);
-    }
-
-    #[test]
-    fn each_error_of_a_bind_says_what_it_means_and_what_helps() {
-        let reason = |number| bind_reason(&io::Error::from_raw_os_error(number));
-        assert!(reason(libc::EPERM).contains("allow_unsafe_interrupts=1"));
-        assert!(reason(libc::EBUSY).contains("nestling doctor"));
-        assert!(
-            reason(libc::EINVAL).contains("another process")
-                && reason(libc::EINVAL).contains("RMRR")
-        );
-        assert!(reason(libc::ENODEV).contains("VT-d"));
-        assert!(reason(libc::EIO).contains("os error 5"));
-    }
-
-    #[test]
-    fn what_else_of_a_group_the_host_uses_is_named() {
-        use std::os::unix::fs::symlink;
-        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
-        let devices = dir.as_path().join("iommu_group/devices");
-        std::fs::create_dir_all(&devices).unwrap();
-        let own = dir.as_path().file_name().unwrap().to_owned();
-        for (name, driver) in [
-            (own.to_str().unwrap(), Some("x")),
-            ("0000:00:01.0", Some("vfio-pci")),
-            ("0000:00:01.1", Some("e1000e")),
-            ("0000:00:01.2", None),
-        ] {
-            std::fs::create_dir(devices.join(name)).unwrap();
-            if let Some(driver) = driver {
-                symlink(
-                    Path::new("/x").join(driver),
-                    devices.join(name).join("driver"),
-                )
-                .unwrap();
-            }
-        }
-        assert_eq!(
-            host_drivers(dir.as_path()),
-            ["0000:00:01.1, which the driver e1000e has"]
-        );
-        assert!(host_drivers(Path::new("/nonexistent")).is_empty());
-    }
-
-    fn description(flags: u32, cap: u32, length: u64) -> [u64; REGION_WORDS] {
-        let mut words = [0; REGION_WORDS];
-        words[0] = u64::from(flags) << 32;
-        words[1] = u64::from(cap) << 32;
-        words[2] = length;
-        words[3] = 0x100_0000_0000;
-        words
-    }
-
-    #[test]
-    fn a_region_without_mmap_is_trapped_whole() {
-        let (offset, region) = decode_region(&description(3, 0, 0x1000));
-        assert_eq!(offset, 0x100_0000_0000);
-        assert_eq!(region.length, 0x1000);
-        assert!(region.mappable.is_empty());
-    }
-
-    #[test]
-    fn sparse_areas_are_what_may_be_mapped() {
-        let mut words = description(0xf, 32, 0x4000);
-        words[4] = 1 | 1 << 16; // sparse mmap, version 1, no next
-        words[5] = 2; // two areas
-        words[6..10].copy_from_slice(&[0, 0x1000, 0x2000, 0x2000]);
-        let (_, region) = decode_region(&words);
-        assert_eq!(region.mappable, [(0, 0x1000), (0x2000, 0x2000)]);
-    }
-
-    #[test]
-    fn a_circular_chain_of_capabilities_ends() {
-        let mut words = description(0xf, 32, 0x4000);
-        words[4] = 2 | 32 << 32;
-        let (_, region) = decode_region(&words);
-        assert_eq!(region.mappable, [(0, 0x4000)]);
     }
 
     #[test]
