@@ -3,6 +3,21 @@
 use super::*;
 
 impl Bench {
+    /// The tables of [`Bench::tables`], still empty and mirrored for A.
+    fn mirrored() -> Self {
+        let bench = Self::new();
+        bench.tables();
+        bench.mirror_for(A);
+        bench
+    }
+
+    fn mirror_for(&self, rid: Rid) {
+        let applied = self
+            .host
+            .apply(Target::rid(rid), Translation::Stage2(STAGE2));
+        applied.unwrap();
+    }
+
     /// (iova, last, gpa, writable) of A's mirror.
     fn mirror(&self) -> Vec<(u64, u64, u64, bool)> {
         let all = self.areas(A).into_iter();
@@ -18,10 +33,7 @@ fn a_second_stage_table_is_mirrored_with_its_permissions() {
     bench.page(0, 0x20_0000 | 3);
     bench.page(1, 0x30_0000 | 1);
     bench.page(3, 0x40_0000); // not present
-    bench
-        .host
-        .apply(Target::rid(A), Translation::Stage2(STAGE2))
-        .unwrap();
+    bench.mirror_for(A);
     assert_eq!(
         bench.mirror(),
         [
@@ -34,12 +46,7 @@ fn a_second_stage_table_is_mirrored_with_its_permissions() {
 
 #[test]
 fn a_mirror_follows_page_selective_invalidations_with_one_call_per_run() {
-    let bench = Bench::new();
-    bench.tables();
-    bench
-        .host
-        .apply(Target::rid(A), Translation::Stage2(STAGE2))
-        .unwrap();
+    let bench = Bench::mirrored();
     for index in 0..64 {
         bench.page(index, (0x20_0000 + index * 0x1000) | 3);
     }
@@ -62,12 +69,7 @@ fn a_mirror_follows_page_selective_invalidations_with_one_call_per_run() {
 
 #[test]
 fn a_part_of_a_run_that_goes_takes_only_itself_along() {
-    let bench = Bench::new();
-    bench.tables();
-    bench
-        .host
-        .apply(Target::rid(A), Translation::Stage2(STAGE2))
-        .unwrap();
+    let bench = Bench::mirrored();
     for index in 0..4 {
         bench.page(index, (0x20_0000 + index * 0x1000) | 3);
     }
@@ -90,10 +92,7 @@ fn a_changed_target_or_permission_replaces_the_mapping() {
     let bench = Bench::new();
     bench.tables();
     bench.page(0, 0x20_0000 | 3);
-    bench
-        .host
-        .apply(Target::rid(A), Translation::Stage2(STAGE2))
-        .unwrap();
+    bench.mirror_for(A);
     let scope = Scope::Endpoint(A);
     for entry in [0x20_0000 | 1, 0x30_0000 | 3, 0x30_0000 | 2] {
         bench.page(0, entry);
@@ -116,10 +115,7 @@ fn a_large_leaf_is_mirrored_where_there_is_memory_and_not_where_addresses_are_re
     bench.poke(0x10_0000, 0x10_1000 | 3);
     bench.poke(0x10_1000, 0x83);
     bench.poke(0x10_1018, (4096 * MIB) | 0x83);
-    bench
-        .host
-        .apply(Target::rid(A), Translation::Stage2(STAGE2))
-        .unwrap();
+    bench.mirror_for(A);
     assert_eq!(
         bench.mirror(),
         [
@@ -161,12 +157,7 @@ fn a_table_that_points_at_itself_is_bounded_and_blocks_only_its_user() {
 
 #[test]
 fn a_mirror_that_cannot_follow_says_so() {
-    let bench = Bench::new();
-    bench.tables();
-    bench
-        .host
-        .apply(Target::rid(A), Translation::Stage2(STAGE2))
-        .unwrap();
+    let bench = Bench::mirrored();
     bench.page(0, 0x20_0000 | 3);
     bench.fake.world().fail_all = Some(("copy", libc::ENOMEM));
     let batch = [
@@ -185,10 +176,7 @@ fn a_mirror_is_shared_by_equal_tables_and_gone_with_its_last_user() {
     let before = bench.objects();
     bench.tables();
     for rid in [A, B] {
-        bench
-            .host
-            .apply(Target::rid(rid), Translation::Stage2(STAGE2))
-            .unwrap();
+        bench.mirror_for(rid);
     }
     assert_eq!(bench.objects(), before + 2, "one address space, one table");
     for rid in [A, B] {

@@ -80,7 +80,7 @@ impl Sink {
 
     /// Waits for `count` requests and takes them.
     fn take(&self, count: usize) -> Vec<PageRequest> {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         loop {
             let mut requests = self.0.lock().unwrap();
             if requests.len() >= count {
