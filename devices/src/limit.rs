@@ -1,4 +1,4 @@
-//! A bound on log lines that a guest can cause (DESIGN, promise 3).
+//! A bound on log lines that a guest can cause (promise 3 of `viommu`).
 
 #![forbid(unsafe_code)]
 

@@ -3,7 +3,7 @@
 //!
 //! A pure layer over the 4096 bytes of the function. Each bit is either *kept* (read and written
 //! here) or the hardware's. VFIO protects the host in any case; what is decided here is what the
-//! guest sees (contract A9).
+//! guest sees (A9 in `iommufd/linux.md`).
 //!
 //! | what | where |
 //! |---|---|

@@ -383,7 +383,7 @@ pub trait EventSink: Send + Sync {
 }
 
 /// What one back end can do for the endpoints it has, to be composed by AND over all of them
-/// (DESIGN promise 4). Widths are in bits.
+/// (promise 4 of [this crate](crate)). Widths are in bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct Capabilities {
     /// First-stage tables can be run (as stage-1 over guest memory).

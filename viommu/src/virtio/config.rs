@@ -1,4 +1,4 @@
-//! What a virtio-iommu offers: composed from the hosts behind it, then frozen (DESIGN promise 4).
+//! What a virtio-iommu offers: composed from the hosts behind it, then frozen (promise 4 of this crate).
 
 use super::domain::Rules;
 use super::mappings;

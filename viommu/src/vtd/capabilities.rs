@@ -1,5 +1,5 @@
 //! What a unit offers: what nestling implements, AND what every back end can do, AND what the
-//! user asked for (DESIGN promise 4).
+//! user asked for (promise 4 of this crate).
 
 use serde::{Deserialize, Serialize};
 

@@ -12,7 +12,7 @@
 //!   the VM: its reset frees them with [`PasidAllocator::free_all`].
 //!
 //! With no allocator there are no registers: `ECAP.VCS` is 0 and the unit never makes one of
-//! these. Whether allocation can work is proved before the first vCPU runs (DESIGN, seed 002).
+//! these. Whether allocation can work is proved before the first vCPU runs.
 
 #![forbid(unsafe_code)]
 

@@ -49,7 +49,7 @@ pub enum OpenError {
     },
 }
 
-/// What a bind error means (contract A1).
+/// What a bind error means (A1 in viommu's `iommufd/linux.md`).
 pub(super) fn bind_reason(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EPERM) => "the host does not remap interrupts, or another process owns its \

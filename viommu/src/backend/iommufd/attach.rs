@@ -20,7 +20,7 @@ pub trait AttachDevice: Send + Sync {
     ///
     /// # Errors
     /// What the kernel says. After a failed replace it is unknown what is in force: VT-d has
-    /// removed the old table, while iommufd still has it on record (contract A4).
+    /// removed the old table, while iommufd still has it on record (`linux.md`, A4).
     fn attach(&self, pasid: Option<Pasid>, hwpt: u32) -> io::Result<()>;
 
     /// Detaches: `VFIO_DEVICE_DETACH_IOMMUFD_PT`. DMA is blocked when it returns.

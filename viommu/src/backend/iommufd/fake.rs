@@ -1,5 +1,5 @@
 //! A fake kernel with teeth: it models what iommufd and VT-d's driver have on record *and* what
-//! the hardware would do, with the traps of Linux 7.2 (contract A3 to A6, A8, A9), fails any call
+//! the hardware would do, with the traps of Linux 7.2 (`linux.md`, A3 to A6, A8, A9), fails any call
 //! on demand, and tells whether the back end's record is true.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -69,7 +69,7 @@ pub(super) struct FakeDevice {
     pub hardware: BTreeMap<Option<Pasid>, u32>,
     /// Its DMA was stopped.
     pub stopped: bool,
-    /// References to page-request handling that will never be dropped (contract A4).
+    /// References to page-request handling that will never be dropped (`linux.md`, A4).
     pub leaked: usize,
 }
 

@@ -2,7 +2,7 @@
 //!
 //! One queue serves all devices of a VM, since nested tables are shared between them. A group is
 //! answered exactly once: by the front end; by us, where nobody could; or by the kernel itself,
-//! when the target is detached or gets another table (contract A4, A6). The cookie is forgotten in
+//! when the target is detached or gets another table (`linux.md`, A4, A6). The cookie is forgotten in
 //! the last case, because the kernel may use its number again.
 #![forbid(unsafe_code)]
 

@@ -279,7 +279,7 @@ impl HostIommu {
         }
         if let Some(Pasid(number)) = pasid {
             // PASID 0 is the kernel's own for requests without PASID; a device without PASIDs
-            // would accept any and do nothing (contract A9).
+            // would accept any and do nothing (`linux.md`, A9).
             if number == 0 || u64::from(number) >> endpoint.pasid_bits != 0 {
                 return Err(Refused::NotOffered {
                     what: "PASID",

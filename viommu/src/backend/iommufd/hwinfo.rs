@@ -11,7 +11,7 @@ pub struct HwInfo {
     /// The IOMMU in front of the device.
     pub model: HwModel,
     /// Bits of PASID that the device has on this host; 0: none, and a PASID attach would succeed
-    /// without doing anything (contract A9).
+    /// without doing anything (`linux.md`, A9).
     pub pasid_bits: u8,
     /// `IOMMU_HW_CAP_*` bits.
     pub capabilities: u64,
@@ -153,7 +153,7 @@ impl VtdHardware {
     }
 
     /// Whether the kernel makes nest parents here: scalable mode, nesting and both stages. The
-    /// kernel does not look at FLTS (contract A2), so we do.
+    /// kernel does not look at FLTS (`linux.md`, A2), so we do.
     pub const fn can_nest(&self) -> bool {
         self.scalable_mode() && self.nest() && self.second_stage() && self.first_stage()
     }

@@ -1,6 +1,6 @@
 //! Every call into the host's iommufd, behind one trait.
 //!
-//! [`Kernel`] is the seam where tests stand: a fake that models VT-d's behaviour (contract A3 to
+//! [`Kernel`] is the seam where tests stand: a fake that models VT-d's behaviour (`linux.md`, A3 to
 //! A6, A8, A9) and fails any call on demand, and the kernel's own mock driver. [`Linux`] is the
 //! real one: one method, one ioctl.
 

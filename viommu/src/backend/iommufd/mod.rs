@@ -41,6 +41,8 @@
 //! Lock order: `endpoints`, one endpoint's `state`, `tables` / `shadows` / `domains`, an address
 //! space's areas, guest memory, page requests. Invalidation takes the first two only, for reading
 //! out what to invalidate.
+//!
+#![doc = include_str!("linux.md")]
 
 mod admission;
 mod attach;

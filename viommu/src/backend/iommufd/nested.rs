@@ -17,7 +17,7 @@ use crate::backend::{Capabilities, InvalidationRange, Refused, Stage1, Stage2};
 ///
 /// The kernel checks widths and flags only when a table is attached, after it has removed the old
 /// one, and does not check the root's address at all: its low bits would be taken for flags of the
-/// PASID entry (contract A3).
+/// PASID entry (`linux.md`, A3).
 pub(super) fn check(table: &Stage1, host: &Capabilities, model: &HwModel) -> Result<(), Refused> {
     let no = |what, value: u64, limit: String| Err(Refused::NotOffered { what, value, limit });
     if !host.stage1 {
@@ -190,7 +190,7 @@ const EVERYTHING: sys::iommu_hwpt_vtd_s1_invalidate = sys::iommu_hwpt_vtd_s1_inv
 /// `range` as the kernel takes it; `None` for nothing.
 ///
 /// The kernel rounds a range to a power of two that covers it, takes 0 pages at address 0 for
-/// everything, and refuses an address that is not aligned (contract A5).
+/// everything, and refuses an address that is not aligned (`linux.md`, A5).
 fn entry(range: InvalidationRange) -> Option<sys::iommu_hwpt_vtd_s1_invalidate> {
     let InvalidationRange::Pages { first, count, leaf } = range else {
         return Some(EVERYTHING);

@@ -1,4 +1,4 @@
-//! Domains: an address space of their own (A8).
+//! Domains: an address space of their own (`linux.md`, A8).
 
 use super::*;
 

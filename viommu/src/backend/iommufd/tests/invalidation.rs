@@ -1,4 +1,4 @@
-//! Invalidations are one array per HWPT (A5).
+//! Invalidations are one array per HWPT (`linux.md`, A5).
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Page requests and their answers (A6).
+//! Page requests and their answers (`linux.md`, A6).
 
 use super::*;
 

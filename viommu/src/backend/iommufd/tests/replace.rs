@@ -1,4 +1,4 @@
-//! Replacing a table, and what a failed one leaves (A4).
+//! Replacing a table, and what a failed one leaves (`linux.md`, A4).
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What the kernel does not check (A3).
+//! What the kernel does not check (`linux.md`, A3).
 
 use super::*;
 
@@ -45,7 +45,7 @@ fn pasids_that_the_kernel_would_take_and_ignore_are_refused() {
     let bare = Rid::new(0, 5, 0);
     bench.add(bare, |device| device.pasid_bits = 0).unwrap();
     bench.host.claim(bare, bench.sink.clone()).unwrap();
-    // No PASIDs: the kernel would say yes and do nothing (A9). 0: VFIO's name for no PASID.
+    // No PASIDs: the kernel would say yes and do nothing (`linux.md`, A9). 0: VFIO's name for no PASID.
     for target in [pasid(bare, 1), pasid(A, 0), pasid(A, 1 << 20)] {
         bench.fake.reset_calls();
         let refused = bench.host.apply(target, stage1(0x1000));
