@@ -12,6 +12,7 @@ mod server;
 use std::error::Error;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, Command};
 use clap_complete::Shell;
 use vmm::control::sentence;
@@ -32,6 +33,10 @@ fn main() -> ExitCode {
             // Standard output may be gone.
             let _ = why.print();
             return ExitCode::SUCCESS;
+        }
+        Err(why) if why.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = why.print();
+            return ExitCode::from(STATUS_USAGE);
         }
         Err(why) => return fail(Failure::Usage(usage(&why))),
     };
@@ -81,6 +86,7 @@ fn command() -> Command {
                 .about("Prints what makes a shell complete this command")
                 .arg(
                     Arg::new("shell")
+                        .value_name("SHELL")
                         .required(true)
                         .value_parser(clap::value_parser!(Shell))
                         .help("Which shell"),
@@ -106,7 +112,7 @@ fn usage(error: &clap::Error) -> String {
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
         .filter(|line| !line.is_empty())
         .collect();
-    let text = lines.join("; ");
+    let text = lines.join("; ").replace(":; ", ": ");
     let text = text.strip_prefix("error: ").unwrap_or(&text);
     format!("{text}; see nestling --help")
 }

@@ -10,7 +10,7 @@ use crate::Failure;
 /// The command line.
 pub(crate) fn command() -> Command {
     Command::new("pasids")
-        .about("List the PASIDs that the VMs of this host own")
+        .about("Lists the PASIDs that the VMs of this host own")
         .arg(
             Arg::new("directory")
                 .long("directory")

@@ -27,12 +27,11 @@ pub(crate) fn command() -> Command {
     let sections = sections.map(section_arg);
     Command::new("run")
         .about("Runs a VM until it ends")
-        .arg_required_else_help(true)
         .arg(
             Arg::new("config")
                 .long("config")
                 .value_name("FILE")
-                .help("Take the configuration from a JSON file; options add to it or replace it"),
+                .help("Take the configuration from a JSON file; options add to it or replace it."),
         )
         .args(spread)
         .args(sections)
@@ -54,7 +53,7 @@ pub(crate) fn command() -> Command {
                 .long(EVENT_MONITOR)
                 .value_name("path=PATH|fd=N")
                 .help(
-                    "Write what happens, one JSON object per line, to a file, pipe or descriptor",
+                    "Write what happens, one JSON object per line, to a file, pipe or descriptor.",
                 ),
         )
         .after_long_help(after_help())

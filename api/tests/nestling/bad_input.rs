@@ -32,6 +32,8 @@ fn a_wrong_command_line_or_configuration_is_a_usage_error() {
     for (arguments, words) in [
         (vec!["run", "--kernle", "k"], vec!["--kernle", "--kernel"]),
         (vec!["ruin"], vec!["ruin"]),
+        (vec!["run"], vec!["no kernel", "--kernel"]),
+        (vec!["completion"], vec!["not provided: <SHELL>"]),
         (
             vec!["run", "--cpus", "boot=2"],
             vec!["no kernel", "--kernel"],
@@ -191,6 +193,16 @@ fn a_guest_that_writes_to_the_debug_exit_port_ends_nestling_with_its_status() {
     assert_eq!(output.status.code(), Some(42), "{error}");
     assert_eq!(error, "");
     assert!(!socket.exists());
+}
+
+#[test]
+fn who_names_no_command_is_shown_them() {
+    for arguments in [&[][..], &["api"]] {
+        let output = nestling(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let help = String::from_utf8(output.stderr).unwrap();
+        assert!(help.contains("Commands:"), "{arguments:?}: {help}");
+    }
 }
 
 #[test]

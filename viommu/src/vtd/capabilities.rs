@@ -183,17 +183,17 @@ impl Offer {
             Some(width @ (39 | 48 | 57)) if width <= have.address_width => width,
             Some(width @ (39 | 48 | 57)) => {
                 return Err(asked(
-                    "address-width",
+                    "address_width",
                     width.to_string(),
                     "as many bits on every host IOMMU and device",
                     format!("{} bits", have.address_width),
-                    "leave address-width out to use what there is",
+                    "leave address_width out to use what there is",
                 ));
             }
             Some(width) => {
                 return Err(Unsupported::Value {
                     unit: config.id.clone(),
-                    option: "address-width",
+                    option: "address_width",
                     value: width.to_string(),
                     choices: "39, 48 and 57",
                 });
@@ -201,11 +201,11 @@ impl Offer {
         };
         if width > 48 && scalable && !have.stage1_57 {
             return Err(asked(
-                "address-width",
+                "address_width",
                 width.to_string(),
                 "5-level first-stage tables (FS5LP)",
                 "4 levels".into(),
-                "use address-width=48",
+                "use address_width=48",
             ));
         }
 
@@ -222,9 +222,9 @@ impl Offer {
             return Err(asked(
                 "mode",
                 "legacy".into(),
-                "second-stage tables as deep as address-width",
+                "second-stage tables as deep as address_width",
                 format!("second-stage widths {:?}", widths(have.stage2)),
-                "use mode=scalable or a smaller address-width",
+                "use mode=scalable or a smaller address_width",
             ));
         }
         if config.nested {
@@ -255,17 +255,17 @@ impl Offer {
             Some(bits) if bits <= most => bits,
             Some(bits @ 0..=20) => {
                 return Err(asked(
-                    "pasid-bits",
+                    "pasid_bits",
                     bits.to_string(),
                     "mode=scalable and as many PASID bits on every host IOMMU",
                     format!("{most} bits"),
-                    "leave pasid-bits out to use what there is",
+                    "leave pasid_bits out to use what there is",
                 ));
             }
             Some(bits) => {
                 return Err(Unsupported::Value {
                     unit: config.id.clone(),
-                    option: "pasid-bits",
+                    option: "pasid_bits",
                     value: bits.to_string(),
                     choices: "0 to 20",
                 });
@@ -273,11 +273,11 @@ impl Offer {
         };
         if config.interrupt_remapping && !extras.interrupt_remapping {
             return Err(asked(
-                "interrupt-remapping",
+                "interrupt_remapping",
                 "on".into(),
                 "a VMM that remaps interrupts",
                 "none".into(),
-                "use interrupt-remapping=off",
+                "use interrupt_remapping=off",
             ));
         }
 
@@ -429,7 +429,7 @@ pub fn check_agreement<'c>(
         }
         if unit.interrupt_remapping != first.interrupt_remapping {
             return Err(disagree(format!(
-                "interrupt-remapping is {} for one and {} for the other",
+                "interrupt_remapping is {} for one and {} for the other",
                 first.interrupt_remapping, unit.interrupt_remapping
             )));
         }
@@ -536,9 +536,9 @@ mod tests {
         let text = error.to_string();
         for part in [
             "viommu0",
-            "address-width=57",
+            "address_width=57",
             "46 bits",
-            "leave address-width out",
+            "leave address_width out",
         ] {
             assert!(text.contains(part), "{text}");
         }

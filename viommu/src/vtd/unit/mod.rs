@@ -36,7 +36,7 @@ pub struct Connections {
     /// Back ends that endpoints may come from: what they cannot do is never offered, so that
     /// they can still come after the guest has started.
     pub backends: Vec<Arc<dyn Backend>>,
-    /// Who remaps interrupts; needed for `interrupt-remapping=on`.
+    /// Who remaps interrupts; needed for `interrupt_remapping=on`.
     pub remapper: Option<Arc<dyn InterruptRemapper>>,
     /// Who allocates PASIDs; with it the unit offers the virtual command registers.
     pub pasids: Option<Arc<dyn PasidAllocator>>,
