@@ -1,15 +1,22 @@
 //! The test's end of the channel: a Unix socket whose other end a VMM carries into the guest.
 
 use std::fmt;
-use std::io::{self, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::frame::{Answer, Request, read_answer, write_request};
 
 /// How long a socket read waits before the client looks at its own limit again.
 const TICK: Duration = Duration::from_millis(250);
+
+/// How often a machine is pinged that is [watched](Client::run_watched).
+const PULSE: Duration = Duration::from_secs(5);
+
+/// How long a machine may need to say that a command passed its limit.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// What a command left behind.
 #[derive(Clone, Debug)]
@@ -91,8 +98,11 @@ pub struct Client {
     socket: PathBuf,
     stream: UnixStream,
     from: BufReader<Ticking>,
-    next_id: u64,
 }
+
+/// Each request of this process has a number of its own: what answers an earlier connection is no
+/// answer to a later one.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 /// A socket reader that gives up at a deadline.
 #[derive(Debug)]
@@ -141,9 +151,9 @@ impl Client {
                 && let Ok(mut client) = Self::over(socket, stream)
             {
                 // Any ping's answer will do: the agent of a slow guest may need longer than a turn.
-                let oldest = client.next_id;
+                let oldest = id();
                 while Instant::now() < deadline && alive() {
-                    let id = client.id();
+                    let id = id();
                     match client.ping_answered_from(oldest, id, Duration::from_millis(500)) {
                         Ok(()) => return Ok(client),
                         Err(Error::Silent { .. }) => {}
@@ -170,7 +180,7 @@ impl Client {
 
     fn over(socket: &Path, stream: UnixStream) -> io::Result<Self> {
         stream.set_read_timeout(Some(TICK))?;
-        stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+        stream.set_write_timeout(Some(Duration::from_secs(60)))?;
         let reader = Ticking {
             stream: stream.try_clone()?,
             deadline: Instant::now(),
@@ -179,7 +189,6 @@ impl Client {
             socket: socket.to_owned(),
             stream,
             from: BufReader::new(reader),
-            next_id: 1,
         })
     }
 
@@ -188,7 +197,7 @@ impl Client {
     /// # Errors
     /// Any of [`Error`].
     pub fn ping(&mut self, limit: Duration) -> Result<(), Error> {
-        let id = self.id();
+        let id = id();
         self.ping_answered_from(id, id, limit)
     }
 
@@ -210,7 +219,7 @@ impl Client {
         // The agent kills the command at its limit; what comes later is a dead agent.
         self.answer(
             &format!("`{command}`"),
-            limit + Duration::from_secs(10),
+            limit + GRACE,
             |answer| match answer {
                 Answer::Done {
                     id: got,
@@ -227,12 +236,78 @@ impl Client {
         )
     }
 
+    /// The same, for a machine that may be lost: it is pinged again and again while the command
+    /// runs, and given up when it has not answered for `silence`. Before that `wake` is told how
+    /// long it has been silent, at each ping that follows one without an answer.
+    ///
+    /// # Errors
+    /// Any of [`Error`]; [`Error::Silent`] also when the machine itself is silent.
+    pub fn run_watched(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        silence: Duration,
+        mut wake: impl FnMut(Duration),
+    ) -> Result<Output, Error> {
+        let id = self.start(command, limit)?;
+        let deadline = Instant::now() + limit + silence;
+        let what = format!("`{command}`");
+        let mut heard = Instant::now();
+        loop {
+            if self.hears(PULSE.min(silence)) {
+                // Whole answers only: what has begun to come gets the time that it needs.
+                let answer = self.answer(&what, silence, Some)?;
+                heard = Instant::now();
+                if let Answer::Done {
+                    id: got,
+                    status,
+                    stdout,
+                    stderr,
+                } = answer
+                    && got == id
+                {
+                    return Ok(Output {
+                        status,
+                        stdout: String::from_utf8_lossy(&stdout).into_owned(),
+                        stderr: String::from_utf8_lossy(&stderr).into_owned(),
+                    });
+                }
+                continue;
+            }
+            let (waited_for, limit) = if heard.elapsed() >= silence {
+                (format!("a ping while {what} runs"), silence)
+            } else if Instant::now() >= deadline {
+                (what, limit + silence)
+            } else {
+                if heard.elapsed() > 2 * PULSE {
+                    wake(heard.elapsed());
+                }
+                self.send(&Request::Ping { id: self::id() })?;
+                continue;
+            };
+            return Err(Error::Silent {
+                socket: self.socket.clone(),
+                waited_for,
+                limit,
+            });
+        }
+    }
+
+    /// Whether something arrives within `limit`; the end of the channel does, too.
+    fn hears(&mut self, limit: Duration) -> bool {
+        self.from.get_mut().deadline = Instant::now() + limit;
+        match self.from.fill_buf() {
+            Ok(_) => true,
+            Err(error) => error.kind() != io::ErrorKind::TimedOut,
+        }
+    }
+
     /// Sends `command` and does not wait: for the last command of a guest's life.
     ///
     /// # Errors
     /// [`Error::Io`] when the channel is gone already.
     pub fn start(&mut self, command: &str, limit: Duration) -> Result<u64, Error> {
-        let id = self.id();
+        let id = id();
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         self.send(&Request::Run {
             id,
@@ -240,11 +315,6 @@ impl Client {
             command: command.to_owned(),
         })?;
         Ok(id)
-    }
-
-    fn id(&mut self) -> u64 {
-        self.next_id += 1;
-        self.next_id
     }
 
     fn send(&mut self, request: &Request) -> Result<(), Error> {
@@ -297,6 +367,10 @@ impl Client {
     }
 }
 
+fn id() -> u64 {
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -327,9 +401,14 @@ mod tests {
                 write_answer(&mut to, &answer).unwrap();
             }
         });
-        let mut client = Client::connect(&path, Duration::from_secs(5), || true).unwrap();
-        let output = client.run("say", Duration::from_secs(5)).unwrap();
+        let mut client = Client::connect(&path, Duration::from_secs(60), || true).unwrap();
+        let output = client.run("say", Duration::from_secs(60)).unwrap();
         assert_eq!((output.status, output.stdout.as_str()), (3, "say"));
+        let long = Duration::from_secs(60);
+        let output = client.run_watched("say", long, long, |_| {});
+        assert_eq!(output.unwrap().status, 3);
+        let silent = client.run_watched("hang", Duration::ZERO, Duration::ZERO, |_| {});
+        assert!(matches!(silent, Err(Error::Silent { .. })));
         let error = client.ping(Duration::ZERO).err();
         assert!(error.is_none_or(|e| matches!(e, Error::Silent { .. })));
         client.start("hang", Duration::from_secs(1)).unwrap();

@@ -17,6 +17,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::channel as channel_of;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use agent::{
@@ -25,9 +27,9 @@ use agent::{
 };
 
 /// How long the channel's device may take to appear.
-const CHANNEL_LIMIT: Duration = Duration::from_secs(20);
+const CHANNEL_LIMIT: Duration = Duration::from_secs(120);
 /// How long a module may take to load.
-const MODPROBE_LIMIT: Duration = Duration::from_secs(20);
+const MODPROBE_LIMIT: Duration = Duration::from_secs(200);
 /// Where the initramfs lists the modules to load, one path a line, dependencies first.
 const MODULES: &str = "/lib/modules/load";
 
@@ -47,6 +49,7 @@ fn main() {
         }
     }
     prepare();
+    be_patient();
     if let Some(module) = from_command_line("agent.modprobe") {
         let (status, _, why) = run(&format!("modprobe {module}"), MODPROBE_LIMIT);
         if status != 0 {
@@ -96,6 +99,30 @@ fn prepare() {
         {
             say(&format!("agent: mount {kind} on {place}: {e}"));
         }
+    }
+}
+
+/// Tells the kernel that this machine may be slow: what it takes for a lockup would be one on a
+/// machine that has a processor of its own. Whoever waits for this machine has a limit, too. A
+/// kernel that lacks one of these has no such complaint.
+fn be_patient() {
+    for (what, value) in [
+        (
+            "/sys/module/rcupdate/parameters/rcu_cpu_stall_timeout",
+            "300",
+        ),
+        (
+            "/sys/module/rcupdate/parameters/rcu_exp_cpu_stall_timeout",
+            "300000",
+        ),
+        ("/proc/sys/kernel/watchdog_thresh", "60"),
+        ("/proc/sys/kernel/hung_task_timeout_secs", "600"),
+        (
+            "/sys/module/workqueue/parameters/cpu_intensive_thresh_us",
+            "0",
+        ),
+    ] {
+        let _ = fs::write(what, value);
     }
 }
 
@@ -187,33 +214,57 @@ fn channel() -> Option<PathBuf> {
     }
 }
 
-/// Answers requests until the channel fails or ends.
+/// Answers requests until the channel fails or ends: commands one after the other, and pings at
+/// once, whatever runs meanwhile.
 fn serve(path: &Path) -> io::Result<()> {
-    let mut to = OpenOptions::new()
+    let to = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NOCTTY)
         .open(path)?;
     make_raw(&to);
     let mut from = BufReader::new(to.try_clone()?);
-    loop {
-        let answer = match read_request(&mut from)? {
-            Request::Ping { id } => Answer::Pong { id },
-            Request::Run {
+    let to = Arc::new(Mutex::new(to));
+    let answer = |to: &Mutex<File>, answer: &Answer| {
+        let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
+        write_answer(&mut *to, answer)
+    };
+    let (commands, queue) = channel_of::<(u64, u64, String)>();
+    let answers = Arc::clone(&to);
+    let runner = std::thread::spawn(move || -> io::Result<()> {
+        for (id, limit_ms, command) in queue {
+            let (status, stdout, stderr) = run(&command, Duration::from_millis(limit_ms));
+            let done = Answer::Done {
+                id,
+                status,
+                stdout,
+                stderr,
+            };
+            answer(&answers, &done)?;
+        }
+        Ok(())
+    });
+    let ended = loop {
+        let done = match read_request(&mut from) {
+            Ok(Request::Ping { id }) => answer(&to, &Answer::Pong { id }),
+            Ok(Request::Run {
                 id,
                 limit_ms,
                 command,
-            } => {
-                let (status, stdout, stderr) = run(&command, Duration::from_millis(limit_ms));
-                Answer::Done {
-                    id,
-                    status,
-                    stdout,
-                    stderr,
-                }
-            }
+            }) => commands
+                .send((id, limit_ms, command))
+                .map_err(io::Error::other),
+            Err(error) => Err(error),
         };
-        write_answer(&mut to, &answer)?;
+        if let Err(error) = done {
+            break error;
+        }
+    };
+    // What is under way comes to its end; whoever asks next is not answered before.
+    drop(commands);
+    match runner.join() {
+        Ok(_) => Err(ended),
+        Err(_) => Err(io::Error::other("the runner of commands panicked")),
     }
 }
 

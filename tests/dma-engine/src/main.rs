@@ -2,6 +2,7 @@
 //! one line for each thing that holds; the status is 0 when all do.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use dma_engine::{checks, map_benchmark, process_checks};
@@ -26,7 +27,12 @@ fn run(words: &[&str]) -> Result<()> {
         ["cdev", address] => checks::cdev(address),
         ["interrupts", address, rounds] => {
             let rounds = rounds.parse().context("ROUNDS is a number")?;
-            checks::interrupts_counted(address, rounds)
+            checks::interrupts_counted(address, rounds, checks::ARRIVES)
+        }
+        ["interrupts", address, rounds, seconds] => {
+            let rounds = rounds.parse().context("ROUNDS is a number")?;
+            let seconds = seconds.parse().context("SECONDS is a number")?;
+            checks::interrupts_counted(address, rounds, Duration::from_secs(seconds))
         }
         ["forge", address] => checks::forge(address),
         ["pasid", address] => checks::pasid(address),

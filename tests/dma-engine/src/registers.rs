@@ -15,7 +15,7 @@ pub const CHANNEL_SIZE: u64 = 0x1000;
 pub const BAR_SIZE: u64 = 0x8_0000;
 
 /// How long one operation may take.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(200);
 
 /// A way to reach registers: 4 bytes at `at`, a multiple of 4.
 pub trait Registers {

@@ -24,6 +24,9 @@ fn lifecycle(lab: &Lab) -> Result<()> {
     let state = || -> Result<Value> { Ok(api.get("vm.info")?["state"].clone()) };
     let put = |request: &str| api.put(request, &Value::Null);
 
+    let stalls =
+        |guest: &mut Machine| guest.run("dmesg | grep -c -i -E 'soft lockup|rcu.*stall' || true");
+    let before = stalls(&mut guest)?;
     // A guest that is paused does nothing, however often.
     for _ in 0..3 {
         put("vm.pause")?;
@@ -33,13 +36,13 @@ fn lifecycle(lab: &Lab) -> Result<()> {
         ensure!(state()? == "Running");
         guest.run("true").context("after it was resumed")?;
     }
-    let stalls = guest.run("dmesg | grep -c -i -E 'soft lockup|rcu.*stall' || true")?;
-    ensure!(stalls.trim() == "0", "a pause is told as {stalls} stalls");
+    let told = stalls(&mut guest)?;
+    ensure!(told == before, "a pause is told as {told} stalls");
 
     // The button reaches the guest's kernel, once for each press.
     let pressed = presses(&mut guest)?;
     put("vm.power-button")?;
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(300);
     while presses(&mut guest)? == pressed {
         ensure!(Instant::now() < deadline, "the guest saw no power button");
     }

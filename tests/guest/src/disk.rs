@@ -18,7 +18,7 @@ pub const TESTS: &[Test] = &[
     Test::new("discard_and_write_zeroes_read_as_zeroes", discard),
 ];
 
-const SLOW: Duration = Duration::from_secs(100);
+const SLOW: Duration = Duration::from_secs(400);
 
 fn written_and_read_back(lab: &Lab) -> Result<()> {
     let image = lab.image("disk", 64)?;

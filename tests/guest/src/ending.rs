@@ -106,7 +106,7 @@ fn elf(lab: &Lab) -> Result<()> {
         .kernel_file(&kernel)
         .option("--platform", "debug_exit=on")
         .start(lab)?;
-    let ended = guest.wait(Duration::from_secs(20))?;
+    let ended = guest.wait(Duration::from_secs(200))?;
     ensure!(
         ended.status == 42,
         "status {}\n{}",
@@ -120,7 +120,7 @@ fn signal(lab: &Lab) -> Result<()> {
     let guest = guest().boot(lab)?;
     guest.signal(libc::SIGTERM)?;
     let socket = guest.channel().to_owned();
-    let ended = guest.wait(Duration::from_secs(10))?;
+    let ended = guest.wait(Duration::from_secs(200))?;
     ensure!(
         ended.status == 128 + libc::SIGTERM,
         "status {} after SIGTERM",

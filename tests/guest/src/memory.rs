@@ -1,5 +1,7 @@
 //! Guest memory from huge pages.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 
 use crate::harness::huge::HugePages;
@@ -24,6 +26,11 @@ fn huge_pages(lab: &Lab) -> Result<()> {
         "the guest's 256 MiB took {taken} huge pages of 2 MiB"
     );
     guest.power_off()?;
+    // The kernel may take its time with what a process leaves.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while HugePages::count("free_hugepages")? != free && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let after = HugePages::count("free_hugepages")?;
     ensure!(after == free, "of {free} huge pages {after} came back");
     drop(pages);

@@ -14,14 +14,12 @@ use serde_json::Value;
 
 use crate::harness::bound::Bound;
 use crate::harness::huge::HugePages;
-use crate::harness::{Guest, Lab, Machine, Test, show};
+use crate::harness::{Guest, Lab, Machine, Test, show, until};
 use crate::net::exchange;
 
 /// The tests.
 pub const TESTS: &[Test] = &[
-    Test::new("an_nvme_drive_works_without_a_viommu", without_viommu)
-        .profile("vtd")
-        .limit(400),
+    Test::new("an_nvme_drive_works_without_a_viommu", without_viommu).profile("vtd"),
     Test::new("an_nvme_drive_works_behind_second_stage_tables", |lab| {
         behind(
             lab,
@@ -31,62 +29,52 @@ pub const TESTS: &[Test] = &[
             "stage2",
         )
     })
-    .profile("vtd")
-    .limit(400),
+    .profile("vtd"),
     Test::new("an_nvme_drive_works_with_iommu_pt", |lab| {
         let cmdline = "intel_iommu=on iommu=pt";
         behind(lab, "type=vtd,mode=legacy", cmdline, "identity", "identity")
     })
-    .profile("vtd")
-    .limit(400),
+    .profile("vtd"),
     // Nothing is said of the mode: this host cannot nest.
     Test::new("an_nvme_drive_works_on_a_host_of_47_bits", |lab| {
         behind(lab, "type=vtd", "intel_iommu=on", "DMA", "stage2")
     })
-    .profile("vtd-scalable")
-    .limit(400),
+    .profile("vtd-scalable"),
     Test::new("an_nvme_drive_works_behind_a_virtio_iommu", |lab| {
         behind_virtio(lab, "iommu.strict=0", "DMA-FQ")
     })
-    .profile("vtd")
-    .limit(400),
+    .profile("vtd"),
     Test::new(
         "an_nvme_drive_works_behind_a_virtio_iommu_that_is_flushed_at_once",
         |lab| behind_virtio(lab, "iommu.strict=1", "DMA"),
     )
-    .profile("vtd")
-    .limit(400),
+    .profile("vtd"),
     Test::new(
         "a_drive_with_its_driver_comes_back_from_a_reboot_behind_a_virtio_iommu",
         reboots_with_its_driver,
     )
     .profile("vtd")
-    .limit(400)
     .faults()
     .on_request(),
     Test::new(
         "an_nvme_drive_works_in_a_virtio_iommus_bypass_domain",
         |lab| behind_virtio(lab, "iommu.passthrough=1", "identity"),
     )
-    .profile("vtd")
-    .limit(400),
+    .profile("vtd"),
     Test::new("a_network_card_works_behind_second_stage_tables", |lab| {
         let unit = "type=vtd,mode=legacy";
         network(lab, "intel_iommu=on", unit, "DMA", 256 << 10)
     })
-    .profile("vtd")
-    .limit(400),
+    .profile("vtd"),
     Test::new("a_network_card_works_behind_a_virtio_iommu", |lab| {
         network(lab, "iommu.strict=0", "type=virtio", "DMA-FQ", 1 << 20)
     })
-    .profile("vtd")
-    .limit(400),
+    .profile("vtd"),
     Test::new(
         "a_network_card_works_behind_a_virtio_iommu_that_is_flushed_at_once",
         |lab| network(lab, "iommu.strict=1", "type=virtio", "DMA", 256 << 10),
     )
     .profile("vtd")
-    .limit(400)
     .on_request(),
     Test::new(
         "a_network_card_works_in_a_virtio_iommus_bypass_domain",
@@ -96,7 +84,6 @@ pub const TESTS: &[Test] = &[
         },
     )
     .profile("vtd")
-    .limit(400)
     .on_request(),
     Test::new("an_nvme_drive_keeps_a_gibibyte", gibibyte)
         .profile("vtd")
@@ -106,13 +93,12 @@ pub const TESTS: &[Test] = &[
         "an_nvme_drive_works_on_a_host_without_iommufd",
         by_its_group,
     )
-    .profile("vtd")
-    .limit(400),
+    .profile("vtd"),
     Test::new("a_device_that_cannot_be_had_is_refused", refusals).profile("vtd"),
 ];
 
 pub(crate) const NVME: &str = "0000:00:10.0";
-const SLOW: Duration = Duration::from_secs(100);
+const SLOW: Duration = Duration::from_secs(400);
 
 fn without_viommu(lab: &Lab) -> Result<()> {
     let drive = Bound::new(NVME)?;
@@ -285,9 +271,7 @@ fn network(lab: &Lab, cmdline: &str, unit: &str, wanted: &str, length: u64) -> R
     guest.run(&format!(
         "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up"
     ))?;
-    guest.run(&format!(
-        "for i in $(seq 15); do ping -c 1 -W 1 {HOST} && exit 0; done; exit 1"
-    ))?;
+    guest.run(&until(&format!("ping -c 1 -W 1 {HOST}")))?;
     // Little: where each packet costs two exits and a change of tables, all of it is emulated.
     if let Err(why) = exchange(lab, &mut guest, HOST, length) {
         let counted =
@@ -344,16 +328,22 @@ fn group(guest: &mut Machine) -> Result<String> {
     Ok(types[0].to_owned())
 }
 
+/// The drive's driver has its namespace.
+const DRIVE: &str = "[ -b /dev/nvme0n1 ]";
+
 /// What is written to the drive is read back from it, not from a cache.
 pub(crate) fn drive_keeps(guest: &mut Machine) -> Result<()> {
     let out = guest.run_within(
         SLOW,
-        "for i in $(seq 100); do [ -b /dev/nvme0n1 ] && break; sleep 0.1; done; \
-         head -c 8388608 /dev/urandom > /tmp/data && sha256sum < /tmp/data && \
-         for at in 0 24; do dd if=/tmp/data of=/dev/nvme0n1 bs=1M seek=$at conv=notrunc; done && \
-         sync && echo 3 > /proc/sys/vm/drop_caches && \
-         for at in 0 24; do \
-         dd if=/dev/nvme0n1 bs=1M skip=$at count=8 2> /dev/null | sha256sum; done",
+        &format!(
+            "{}; \
+             head -c 8388608 /dev/urandom > /tmp/data && sha256sum < /tmp/data && \
+             for at in 0 24; do dd if=/tmp/data of=/dev/nvme0n1 bs=1M seek=$at conv=notrunc; done && \
+             sync && echo 3 > /proc/sys/vm/drop_caches && \
+             for at in 0 24; do \
+             dd if=/dev/nvme0n1 bs=1M skip=$at count=8 2> /dev/null | sha256sum; done",
+            until(DRIVE)
+        ),
     )?;
     let sums: Vec<&str> = out.lines().filter(|l| l.ends_with('-')).collect();
     ensure!(
@@ -379,11 +369,12 @@ fn busy(guest: &mut Machine) -> Result<()> {
 fn function_level_reset(guest: &mut Machine) -> Result<()> {
     let methods = guest.run_within(
         SLOW,
-        "cd /sys/bus/pci/drivers/nvme/0000:*; cat reset_method; \
-         (dd if=/dev/nvme0n1 of=/dev/null bs=64k count=256 2> /dev/null) & \
-         echo 1 > reset && wait; \
-         for i in $(seq 100); do \
-         [ \"$(cat nvme/nvme0/state)\" = live ] && exit 0; sleep 0.1; done; exit 1",
+        &format!(
+            "cd /sys/bus/pci/drivers/nvme/0000:*; cat reset_method; \
+             (dd if=/dev/nvme0n1 of=/dev/null bs=64k count=256 2> /dev/null) & \
+             echo 1 > reset && wait; {}",
+            until("[ \"$(cat nvme/nvme0/state)\" = live ]")
+        ),
     )?;
     ensure!(
         methods.split_whitespace().any(|method| method == "flr"),
@@ -396,10 +387,11 @@ fn function_level_reset(guest: &mut Machine) -> Result<()> {
 pub(crate) fn without_messages(guest: &mut Machine) -> Result<()> {
     let interrupts = guest.run_within(
         SLOW,
-        "cd /sys/bus/pci/drivers/nvme; d=$(ls -d 0000:*); echo 0 > $d/msi_bus; \
-         echo $d > unbind && echo $d > bind; \
-         for i in $(seq 100); do [ -b /dev/nvme0n1 ] && break; sleep 0.1; done; \
-         grep nvme /proc/interrupts",
+        &format!(
+            "cd /sys/bus/pci/drivers/nvme; d=$(ls -d 0000:*); echo 0 > $d/msi_bus; \
+             echo $d > unbind && echo $d > bind; {}; grep nvme /proc/interrupts",
+            until(DRIVE)
+        ),
     )?;
     ensure!(
         interrupts.contains("IO-APIC") && !interrupts.contains("MSI"),
@@ -451,9 +443,11 @@ fn gibibyte(lab: &Lab) -> Result<()> {
 pub(crate) fn rebind(guest: &mut Machine) -> Result<()> {
     guest.run_within(
         SLOW,
-        "cd /sys/bus/pci/drivers/nvme; d=$(ls -d 0000:*); \
-         echo $d > unbind && echo $d > bind; \
-         for i in $(seq 100); do [ -b /dev/nvme0n1 ] && exit 0; sleep 0.1; done; exit 1",
+        &format!(
+            "cd /sys/bus/pci/drivers/nvme; d=$(ls -d 0000:*); \
+             echo $d > unbind && echo $d > bind; {}",
+            until(DRIVE)
+        ),
     )?;
     Ok(())
 }
@@ -475,7 +469,7 @@ fn refusals(lab: &Lab) -> Result<()> {
         for (name, value) in options {
             guest = guest.option(name, value);
         }
-        let ended = guest.start(lab)?.wait(Duration::from_secs(60))?;
+        let ended = guest.start(lab)?.wait(SLOW)?;
         let said = ended.said.trim();
         ensure!(
             ended.status != 0 && said.lines().count() == 1,
@@ -514,7 +508,7 @@ fn refusals(lab: &Lab) -> Result<()> {
         .locked_memory(64 << 20)
         .option("--device", &drive.option(""))
         .start(lab)?
-        .wait(Duration::from_secs(60))?
+        .wait(SLOW)?
         .said;
     ensure!(
         said.contains("locked in memory") && said.contains("ulimit -l"),
@@ -582,7 +576,7 @@ fn by_its_group(lab: &Lab) -> Result<()> {
 
 /// Waits until a nestling has its device open.
 fn in_use(machine: &mut Machine) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + SLOW;
     while Instant::now() < deadline {
         let open = fs::read_dir(format!("/proc/{}/fd", machine.pid()))?
             .flatten()

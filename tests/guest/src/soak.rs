@@ -8,12 +8,12 @@ use crate::harness::{Guest, Lab, Test, process, show};
 /// The tests.
 pub const TESTS: &[Test] = &[
     Test::new("fifty_boots_leave_nothing_behind", fifty_boots)
-        .limit(1500)
+        .limit(3600)
         .on_request(),
     Test::new("fifty_reboots_of_one_process_leave_nothing_behind", |lab| {
         ending::reboots(lab, 50)
     })
-    .limit(1500)
+    .limit(3600)
     .on_request(),
 ];
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::harness::{Guest, Lab, Machine, Test, tap::Tap};
+use crate::harness::{Guest, Lab, Machine, Test, tap::Tap, until};
 use crate::vtd::{HOST, disk_keeps, groups_are, network_works, rebind};
 
 /// The tests.
@@ -54,7 +54,7 @@ pub const TESTS: &[Test] = &[
         "a_guest_without_a_driver_reaches_nothing_by_default",
         blocked_disk,
     ),
-    Test::new("nothing_is_left_after_a_kexec_and_a_reboot", kexec).limit(400),
+    Test::new("nothing_is_left_after_a_kexec_and_a_reboot", kexec),
     Test::new(
         "a_vtd_unit_and_a_virtio_iommu_serve_their_own_devices",
         mixed,
@@ -64,19 +64,17 @@ pub const TESTS: &[Test] = &[
             lab,
             Guest::debian("6.12").cmdline("agent.modprobe=virtio_iommu"),
         )
-    })
-    .limit(400),
+    }),
     Test::new("stock_7_2_drives_two_engines_through_vfio", |lab| {
         engines(
             lab,
             Guest::debian("7.2").cmdline("agent.modprobe=virtio_iommu"),
         )
-    })
-    .limit(400),
+    }),
     Test::new("an_engine_moves_between_address_spaces_of_iommufd", iommufd),
 ];
 
-const SLOW: Duration = Duration::from_secs(120);
+const SLOW: Duration = Duration::from_secs(400);
 
 /// A guest whose disk and network card are behind a unit, and what is expected of it.
 struct Behind {
@@ -143,8 +141,7 @@ fn with_disk(guest: Guest, image: &Path) -> Guest {
 
 /// Waits until a file is there.
 fn present(guest: &mut Machine, file: &str) -> Result<()> {
-    let wait = "for i in $(seq 100); do [ -e $F ] && exit 0; sleep 0.1; done; exit 1";
-    guest.run(&format!("F={file}; {wait}"))?;
+    guest.run(&until(&format!("[ -e {file} ]")))?;
     Ok(())
 }
 
@@ -292,11 +289,10 @@ fn kexec(lab: &Lab) -> Result<()> {
 
 /// The device of the disk with this id, when it is there.
 fn disk_named(guest: &mut Machine, id: &str) -> Result<String> {
-    let found = guest.run(&format!(
-        "for i in $(seq 100); do for d in /sys/block/vd*; do \
-         [ \"$(cat $d/serial)\" = {id} ] && echo /dev/${{d##*/}} && exit 0; done; \
-         sleep 0.1; done; exit 1"
-    ))?;
+    let found = guest.run(&until(&format!(
+        "for d in /sys/block/vd*; do \
+         [ \"$(cat $d/serial)\" = {id} ] && echo /dev/${{d##*/}} && exit 0; done; false"
+    )))?;
     Ok(found.trim().to_owned())
 }
 
@@ -398,15 +394,16 @@ fn addresses(guest: &mut Machine) -> Result<Vec<(String, u32)>> {
 
 /// The guest's kernel has logged a fault of `endpoint` at `address`; its log is empty then.
 ///
-/// The kernel logs ten of them in five seconds and no more, so the next check waits that long.
+/// The kernel logs ten of them in five seconds and no more, so the next check waits that long: for
+/// what is told late, too.
 fn fault_is_logged(guest: &mut Machine, endpoint: u32, address: u64) -> Result<()> {
-    let log = guest.run("sleep 6; dmesg -c")?;
     let wanted = format!("fault from EP {endpoint} at {address:#x} ");
-    ensure!(
-        log.lines()
-            .any(|l| l.contains("virtio_iommu") && l.contains(&wanted)),
-        "the guest's kernel does not log a {wanted}:\n{log}"
-    );
+    let told = until(&format!(
+        "dmesg | grep virtio_iommu | grep -q -F '{wanted}'"
+    ));
+    let told = guest.try_run(SLOW, &told)?.status == 0;
+    let log = guest.run("sleep 6; dmesg -c")?;
+    ensure!(told, "the guest's kernel does not log a {wanted}:\n{log}");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::harness::{Guest, Lab, Machine, Test, show, tap::Tap};
+use crate::harness::{Guest, Lab, Machine, Test, show, tap::Tap, until};
 use crate::net::exchange;
 
 /// The tests.
@@ -71,7 +71,7 @@ pub const TESTS: &[Test] = &[
 
 pub(crate) const HOST: &str = "192.168.78.1";
 const GUEST: &str = "192.168.78.2";
-const SLOW: Duration = Duration::from_secs(100);
+const SLOW: Duration = Duration::from_secs(400);
 
 /// A guest whose disk and network card are behind a unit, and what is expected of it.
 struct Behind {
@@ -214,7 +214,7 @@ pub(crate) fn network_works(lab: &Lab, guest: &mut Machine, length: u64) -> Resu
     guest.run(&format!(
         "ip addr flush dev eth0; ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up"
     ))?;
-    guest.run(&format!("ping -c 2 -W 5 -s 4000 {HOST}"))?;
+    guest.run(&format!("ping -c 2 -W 60 -s 4000 {HOST}"))?;
     exchange(lab, guest, HOST, length)
 }
 
@@ -240,13 +240,12 @@ fn five_levels(guest: &mut Machine, units: &Value) -> Result<()> {
 
 /// Takes the drivers of the disk and the card away and gives them back.
 pub(crate) fn rebind(guest: &mut Machine) -> Result<()> {
-    guest.run(
+    guest.run(&format!(
         "cd /sys/bus/pci/drivers/virtio-pci; \
          for d in $(ls -d /sys/kernel/iommu_groups/*/devices/*); do \
-         d=${d##*/}; echo $d > unbind && echo $d > bind || exit 1; done; \
-         for i in $(seq 50); do [ -b /dev/vda ] && [ -d /sys/class/net/eth0 ] && exit 0; \
-         sleep 0.1; done; exit 1",
-    )?;
+         d=${{d##*/}}; echo $d > unbind && echo $d > bind || exit 1; done; {}",
+        until("[ -b /dev/vda ] && [ -d /sys/class/net/eth0 ]")
+    ))?;
     Ok(())
 }
 

@@ -8,6 +8,7 @@ pub mod engine;
 pub mod figures;
 pub mod fuzz;
 pub mod images;
+pub mod lost;
 pub mod machine;
 pub mod modules;
 pub mod place;

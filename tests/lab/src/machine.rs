@@ -9,11 +9,14 @@ use std::time::{Duration, Instant};
 use agent::{Client, Output};
 use anyhow::{Context, Result, bail};
 
+use crate::lost::{self, Monitor};
 use crate::profile::Profile;
 use crate::setup::Qemu;
 
 /// How long a host may take from its start until its agent answers.
-const BOOT_LIMIT: Duration = Duration::from_secs(150);
+const BOOT_LIMIT: Duration = Duration::from_secs(250);
+/// How long a small command of the lab's own may take.
+const SMALL: Duration = Duration::from_secs(200);
 /// How often a host is booted until its timers work.
 const BOOT_TRIES: u32 = 5;
 /// Where `target/lab` is seen inside a host.
@@ -41,6 +44,8 @@ pub struct Hosts {
 pub struct Host {
     child: Child,
     client: Client,
+    monitor: Option<Monitor>,
+    logs: PathBuf,
     /// The kernel's log, as its serial port wrote it.
     pub console: PathBuf,
 }
@@ -56,10 +61,7 @@ impl Hosts {
         // the host's timers, and so its guests', are as coarse as its clock tick.
         for _ in 1..BOOT_TRIES {
             let mut host = self.boot_once(profile, logs)?;
-            let lost = host.run(
-                "dmesg | grep 'APIC timer disabled'",
-                Duration::from_secs(20),
-            )?;
+            let lost = host.run("dmesg | grep 'APIC timer disabled'", SMALL)?;
             if lost.status != 0 {
                 return Ok(host);
             }
@@ -78,14 +80,16 @@ impl Hosts {
             File::create(images.join(name))?.set_len(mib << 20)?;
         }
         // A socket's path has 107 bytes at most; the build tree's may be longer.
-        let socket = std::env::temp_dir().join(format!(
-            "nestling-lab-{}-{}.agent",
-            std::process::id(),
-            self.lane
-        ));
+        let place = |of: &str| {
+            let name = format!("nestling-lab-{}-{}.{of}", std::process::id(), self.lane);
+            std::env::temp_dir().join(name)
+        };
+        let (socket, asked) = (place("agent"), place("monitor"));
         let _ = fs::remove_file(&socket);
+        let _ = fs::remove_file(&asked);
         let console = logs.join("host-console.log");
         let messages = logs.join("qemu.log");
+        let _ = fs::remove_file(logs.join(lost::STATE));
         let mut command = self.qemu.command();
         command
             .args(["-accel", "tcg,thread=multi,tb-size=512"])
@@ -126,6 +130,12 @@ impl Hosts {
                 "-device",
                 &format!("virtserialport,chardev=agent,name={}", agent::PORT_NAME),
             ])
+            .arg("-chardev")
+            .arg(format!(
+                "socket,id=monitor,path={},server=on,wait=off",
+                asked.display()
+            ))
+            .args(["-mon", "chardev=monitor,mode=readline"])
             .arg("-virtfs")
             .arg(format!(
                 "local,path={},mount_tag=lab,security_model=none,multidevs=remap",
@@ -144,10 +154,13 @@ impl Hosts {
         fs::write(logs.join("qemu.cmdline"), format!("{command:?}\n"))?;
         let mut child = command.spawn().context("cannot start QEMU")?;
         let client = Client::connect(&socket, BOOT_LIMIT, || matches!(child.try_wait(), Ok(None)));
+        let mut monitor = Monitor::connect(&asked);
         let _ = fs::remove_file(&socket);
+        let _ = fs::remove_file(&asked);
         let client = match client {
             Ok(client) => client,
             Err(error) => {
+                lost::keep(child.id(), monitor.as_mut(), logs);
                 let _ = child.kill();
                 let _ = child.wait();
                 let said = fs::read_to_string(&messages).unwrap_or_default();
@@ -162,6 +175,8 @@ impl Hosts {
         let mut host = Host {
             child,
             client,
+            monitor,
+            logs: logs.to_owned(),
             console,
         };
         host.expect(
@@ -171,7 +186,7 @@ impl Hosts {
                  ip link set lo up && ulimit -n 65536 && \
                  echo 0 > /proc/sys/kernel/printk_ratelimit"
             ),
-            Duration::from_secs(20),
+            SMALL,
         )?;
         Ok(host)
     }
@@ -221,12 +236,38 @@ impl Host {
     /// # Errors
     /// The host does not answer. That the command failed is no error.
     pub fn run(&mut self, command: &str, limit: Duration) -> Result<Output> {
-        self.client
-            .run(command, limit)
-            .with_context(|| match self.child.try_wait() {
-                Ok(Some(status)) => format!("the host has ended ({status}): {}", self.last_words()),
-                _ => format!("the host hangs: {}", self.last_words()),
-            })
+        let result = self.client.run(command, limit);
+        self.told(result)
+    }
+
+    /// The same, for a command that is long. What is known of a host that falls silent meanwhile is
+    /// kept in its logs; QEMU is asked to wake it, and it is given up when that does not help.
+    ///
+    /// # Errors
+    /// The host does not answer. That the command failed is no error.
+    pub fn run_watched(&mut self, command: &str, limit: Duration) -> Result<Output> {
+        let Self {
+            child,
+            client,
+            monitor,
+            logs,
+            ..
+        } = self;
+        let mut waking = lost::Waking::default();
+        let result = client.run_watched(command, limit, lost::SILENCE, |silent| {
+            waking.after(silent, child.id(), monitor.as_mut(), logs);
+        });
+        if result.is_err() {
+            lost::keep(child.id(), monitor.as_mut(), logs);
+        }
+        self.told(result)
+    }
+
+    fn told(&mut self, result: Result<Output, agent::Error>) -> Result<Output> {
+        result.with_context(|| match self.child.try_wait() {
+            Ok(Some(status)) => format!("the host has ended ({status}): {}", self.last_words()),
+            _ => format!("the host hangs: {}", self.last_words()),
+        })
     }
 
     /// Runs a command that must succeed, and gives its output.
@@ -243,6 +284,11 @@ impl Host {
             );
         }
         Ok(output.stdout)
+    }
+
+    /// Copies what was kept of it when it was lost.
+    pub fn state_to(&self, logs: &Path) {
+        let _ = fs::copy(self.logs.join(lost::STATE), logs.join(lost::STATE));
     }
 
     /// How much the host's kernel has logged.

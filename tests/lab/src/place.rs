@@ -62,6 +62,9 @@ pub fn opens_kvm() -> bool {
         .is_ok()
 }
 
+/// How many hosts a test may use for one verdict.
+const HOSTS: u32 = 3;
+
 /// The profile that every host has, this machine too.
 pub const PLAIN: &str = "plain";
 
@@ -199,23 +202,25 @@ impl Place {
         hosts.boot(profile, logs).map(Some)
     }
 
-    /// A test that got no verdict since its host was lost runs once more, in a new one: the
-    /// emulated CPU's own faults are not the test's. A verdict stands, whatever it is.
+    /// A test that got no verdict since its host was lost runs again, in a new one: the emulated
+    /// CPU's own faults are not the test's. A verdict stands, whatever it is.
     fn emulated(&mut self, test: &Test, logs: &Path) -> Result<()> {
-        let Some(lost) = self.verdict(test, logs)? else {
-            return Ok(());
-        };
-        println!(
-            "  again  {}: no verdict, its host was lost: {lost:#}",
-            test.name
-        );
-        let console = logs.join("host-console.log");
-        if console.exists() {
-            fs::rename(console, logs.join("host-lost.log"))?;
+        for n in 1..HOSTS {
+            let Some(lost) = self.verdict(test, logs)? else {
+                return Ok(());
+            };
+            println!(
+                "  again  {}: no verdict, its host was lost: {lost:#}",
+                test.name
+            );
+            let console = logs.join("host-console.log");
+            if console.exists() {
+                fs::rename(console, logs.join(format!("host-lost-{n}.log")))?;
+            }
         }
         match self.verdict(test, logs)? {
             None => Ok(()),
-            Some(lost) => Err(lost.context("a second host was lost in this test")),
+            Some(lost) => Err(lost.context(format!("{HOSTS} hosts were lost in this test"))),
         }
     }
 
@@ -229,7 +234,7 @@ impl Place {
             Err(error) => return Ok(Some(error)),
         };
         let before = host.log_length();
-        let result = host.run(
+        let result = host.run_watched(
             &format!("{IN_HOST} {SHARE}/bin/guest-test run {}", test.name),
             Duration::from_secs(test.limit + 10),
         );
@@ -237,6 +242,7 @@ impl Place {
         let output = match result {
             Ok(output) => output,
             Err(error) => {
+                host.state_to(logs);
                 // A host that does not answer is of no use to the next test.
                 self.running = None;
                 console?;

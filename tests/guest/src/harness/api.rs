@@ -1,6 +1,7 @@
 //! A client of nestling's API: one request on one connection, written out by hand, so that nothing
 //! of the server is tested by itself.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 /// How long an answer may take.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(400);
 
 /// Where a nestling listens.
 #[derive(Clone, Debug)]
@@ -87,6 +88,26 @@ impl Api {
             "{request} is answered with status {status}: {body:#}"
         );
         Ok(body)
+    }
+
+    /// Waits until the server has closed the connections of all its clients, which it does in its
+    /// own time.
+    ///
+    /// # Errors
+    /// It keeps one.
+    pub fn is_alone(&self) -> Result<()> {
+        let path = self.0.display().to_string();
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            // The socket that listens has a name, and so has its end of each connection.
+            let sockets = fs::read_to_string("/proc/net/unix")?;
+            let open = sockets.lines().filter(|line| line.ends_with(&path)).count();
+            if open <= 1 {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{path} has {open} sockets");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Waits until somebody listens.

@@ -21,11 +21,22 @@ const HARMLESS: &[&str] = &[
     // Reading a clock of another CPU takes long where CPUs are threads of a busy machine.
     "clocksource: Watchdog",
     "clocksource: Long readout interval",
+    "clocksource: timekeeping watchdog on CPU",
+    "clocksource: CPUs ",
+    "TSC found unstable after boot",
     "hrtimer: interrupt took",
     "Marking clocksource",
     "Marking TSC unstable",
     "clocksource: Clocksource",
     "clocksource:                       ",
+    // A CPU that was not run for a while has work of that time to do.
+    "sched: RT throttling activated",
+    "sched: DL replenish lagged too much",
+    "hogged CPU for",
+    "took too long",
+    // The lab wakes a host that is silent by this, see `tests/lab/src/lost.rs`.
+    "NMI received for unknown reason",
+    "Dazed and confused, but trying to continue",
     // The lab's kernel: a banner about its debugfs, and drivers for other CPUs.
     "** ",
     "********",

@@ -13,21 +13,34 @@ use super::api::Api;
 use super::{Lab, dmesg, process};
 
 /// How long a guest may take until its agent answers.
-const BOOT_LIMIT: Duration = Duration::from_secs(150);
+const BOOT_LIMIT: Duration = Duration::from_secs(400);
 /// How long a guest that hung may run again for its log.
 const HANG_LIMIT: Duration = Duration::from_secs(40);
-/// How long a command in a guest may take.
-const RUN_LIMIT: Duration = Duration::from_secs(60);
+/// How long a command in a guest may take: longer than what it may wait for ([`until`]).
+const RUN_LIMIT: Duration = Duration::from_secs(400);
 /// How long nestling may take to print its state.
-const STATE_LIMIT: Duration = Duration::from_secs(10);
+const STATE_LIMIT: Duration = Duration::from_secs(120);
 /// How long nestling may take to say why it ends, when its guest's channel does.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How long nestling may take to end once its guest has asked for it.
-const END_LIMIT: Duration = Duration::from_secs(60);
-/// How long a guest that answers pings may take for a small command.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const END_LIMIT: Duration = Duration::from_secs(200);
+/// How long a guest that answers pings may take for a small command, until it is asked again: it
+/// may have been the last thing that it answered.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// Tells one boot of a guest from the next.
 const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
+
+/// How long something in a guest is waited for, in tenths of a second.
+const PATIENCE: u32 = 3000;
+
+/// Shell text that waits until `condition` holds, and ends the shell with status 1 when it never
+/// does. How fast the machine is makes no difference.
+pub fn until(condition: &str) -> String {
+    format!(
+        "_n=0; until {condition}; do _n=$((_n + 1)); [ $_n -lt {PATIENCE} ] || exit 1; sleep 0.1; \
+         done"
+    )
+}
 
 /// A guest to be.
 #[derive(Clone, Debug)]
@@ -231,6 +244,7 @@ impl Guest {
             socket,
             api: self.api.clone(),
             boots_within: self.boots_within,
+            patience: Duration::from_secs(2),
             console,
             said,
             kept: lab.logs().join(format!("guest-{number}")),
@@ -283,6 +297,8 @@ pub struct Machine {
     socket: PathBuf,
     api: Option<PathBuf>,
     boots_within: Duration,
+    /// How long it is waited for when it is next asked whether it is there.
+    patience: Duration,
     console: PathBuf,
     said: PathBuf,
     /// Where its logs are kept: this and an ending.
@@ -320,11 +336,13 @@ impl Machine {
         Api::new(self.api.as_deref().unwrap_or(Path::new("/nonexistent")))
     }
 
-    /// Whether the guest takes commands, after no more than two seconds.
+    /// Whether the guest takes commands, after no more than two seconds, and each time a little
+    /// more: however slow it is, it is given enough in the end.
     pub fn answers(&mut self) -> bool {
         if self.client.is_none() {
-            let client = Client::connect(&self.socket, Duration::from_secs(2), || true);
+            let client = Client::connect(&self.socket, self.patience, || true);
             self.client = client.ok();
+            self.patience += Duration::from_millis(500);
         }
         self.client.is_some()
     }

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-pub use guest::{Ended, Guest, Machine};
+pub use guest::{Ended, Guest, Machine, until};
 
 /// A guest test: a function that fails with the reason.
 #[derive(Clone, Copy, Debug)]
@@ -49,7 +49,7 @@ impl Test {
         Self {
             name,
             profile: "plain",
-            limit: 300,
+            limit: 900,
             on_request: false,
             tiny: false,
             inside: false,
