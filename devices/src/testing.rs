@@ -21,7 +21,7 @@ use crate::virtio::ring::{Ring, RingConfig};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice, VirtioInterrupt};
 
 /// How long a test waits for a device thread before it gives up.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(200);
 
 /// Where a queue's rings are, and where tests put their buffers.
 const RINGS: u64 = 0x1_0000;

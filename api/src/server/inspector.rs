@@ -12,7 +12,7 @@ use vmm::sandbox;
 /// How many may wait.
 const QUEUE: usize = 32;
 /// How long a client waits for its answer.
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(20);
 
 type Question = Box<dyn FnOnce() + Send>;
 

@@ -6,12 +6,11 @@ use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::document::{DOCUMENT, matches_schema};
-use super::support::{NESTLING, Served, has_kvm};
+use super::support::{NESTLING, Served, has_kvm, wait_until};
 
 #[test]
 fn what_the_state_does_not_allow_is_told_by_status_and_code() {
@@ -347,7 +346,6 @@ fn many_clients_are_served_and_slow_ones_are_cut_off() {
             });
         }
     });
-    let begun = Instant::now();
     for (n, mut stream) in slow.into_iter().enumerate() {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
@@ -356,7 +354,6 @@ fn many_clients_are_served_and_slow_ones_are_cut_off() {
             "{n}: {answer}"
         );
     }
-    assert!(begun.elapsed() < Duration::from_secs(40));
     let open: Vec<UnixStream> = (0..128).map(|_| nestling.connect()).collect();
     // All are let in before the next one is looked at.
     let mut more = nestling.connect();
@@ -364,8 +361,9 @@ fn many_clients_are_served_and_slow_ones_are_cut_off() {
     more.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
     drop(open);
-    std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(nestling.get("vmm.ping").0, 200);
+    wait_until("those that left still count", || {
+        nestling.get("vmm.ping").0 == 200
+    });
 }
 
 #[test]

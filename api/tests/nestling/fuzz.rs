@@ -94,7 +94,7 @@ fn fuzz(state: &State, python: &Path) {
         // What the document cannot say (a path that is there) is refused, too.
         .args(["--checks", "all"])
         .args(["--exclude-checks", "positive_data_acceptance"])
-        .args(["--suppress-health-check", "all", "--request-timeout", "60"])
+        .args(["--suppress-health-check", "all", "--request-timeout", "300"])
         .args(["--warnings", "off", "--no-color"])
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .env_remove("http_proxy")

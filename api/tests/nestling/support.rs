@@ -15,7 +15,7 @@ use super::document;
 pub(crate) const NESTLING: &str = env!("CARGO_BIN_EXE_nestling");
 
 /// How long anything may take.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 
 /// Guests, by the code at their 64-bit entry.
 pub(crate) mod guest {

@@ -36,7 +36,7 @@ fn the_readmes_walk_through_the_api_goes_as_it_is_written() {
     let path = env::var_os("PATH").unwrap();
     let path = [programs].into_iter().chain(env::split_paths(&path));
     let output = Command::new("timeout")
-        .args(["60", "bash", "-eu", "-o", "pipefail", &script])
+        .args(["600", "bash", "-eu", "-o", "pipefail", &script])
         .env("PATH", env::join_paths(path).unwrap())
         .current_dir(scratch.path())
         .stdin(Stdio::null())

@@ -130,7 +130,7 @@ impl Fuzzers {
         let status = Command::new(&self.program)
             .arg(format!("-max_total_time={}", time.as_secs().max(1)))
             .args(seed.map(|seed| format!("-seed={seed}")))
-            .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
+            .args(["-timeout=100", "-rss_limit_mb=2048", "-print_final_stats=1"])
             .arg(format!("-artifact_prefix={}/", folder.display()))
             .arg(folder.join("corpus"))
             .env("NESTLING_FUZZ", name)

@@ -188,7 +188,7 @@ impl Bench {
 fn until(done: impl Fn() -> bool) {
     let began = std::time::Instant::now();
     while !done() {
-        assert!(began.elapsed().as_secs() < 20, "nothing happens");
+        assert!(began.elapsed().as_secs() < 200, "nothing happens");
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }

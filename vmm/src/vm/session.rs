@@ -22,7 +22,7 @@ use crate::outcome::Outcome;
 use crate::sandbox::{self, Paths, Refusal, Role, Sandbox};
 
 /// How long a vCPU may take to finish the exit that it is in, when it is paused.
-const PAUSE_LIMIT: Duration = Duration::from_secs(5);
+const PAUSE_LIMIT: Duration = Duration::from_secs(20);
 
 /// How clients reach the owner of the VM.
 #[derive(Debug)]

@@ -81,7 +81,7 @@ fn socket() -> (TempDir, PathBuf) {
 
 fn connect(path: &Path) -> UnixStream {
     let peer = UnixStream::connect(path).unwrap();
-    peer.set_read_timeout(Some(Duration::from_secs(20)))
+    peer.set_read_timeout(Some(Duration::from_secs(200)))
         .unwrap();
     peer
 }

@@ -20,7 +20,7 @@ struct Guest {
 fn guest(features: u64) -> Guest {
     let (tap, wire) = UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();
-    wire.set_read_timeout(Some(Duration::from_secs(20)))
+    wire.set_read_timeout(Some(Duration::from_secs(200)))
         .unwrap();
     let net = Net::on(Tap::fake(OwnedFd::from(tap)), [2, 0, 0, 0, 0, 1]);
     let (mut drivers, recorder) = start(&net, &ram(), features | RING_FEATURES);

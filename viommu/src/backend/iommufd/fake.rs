@@ -396,9 +396,9 @@ impl Fake {
     /// The same, once there are `count` of them.
     ///
     /// # Panics
-    /// There are not, for 10 seconds.
+    /// There are not, for 200 seconds.
     pub(super) fn wait_for_responses(&self, count: usize) -> Vec<(u32, u32)> {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(200);
         let mut all = self.responses();
         while all.len() < count {
             assert!(Instant::now() < end, "{all:?} are not {count} responses");

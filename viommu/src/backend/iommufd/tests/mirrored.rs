@@ -151,7 +151,7 @@ fn a_table_that_points_at_itself_is_bounded_and_blocks_only_its_user() {
         .apply(Target::rid(A), Translation::Stage2(STAGE2));
     assert!(matches!(refused, Err(Refused::NoRoom { .. })));
     assert_eq!(bench.host.translation(Target::rid(A)), Translation::Blocked);
-    assert!(start.elapsed() < Duration::from_secs(60));
+    assert!(start.elapsed() < Duration::from_secs(600));
     bench.check();
 }
 
