@@ -37,6 +37,14 @@ impl Cache {
         Ok(Self { root })
     }
 
+    /// The cache in this folder.
+    #[cfg(test)]
+    pub fn at(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+        }
+    }
+
     /// The cache's folder.
     pub fn root(&self) -> &Path {
         &self.root
@@ -136,4 +144,38 @@ fn write_sums(place: &Path) -> Result<()> {
         bail!("cannot record the sums of {}", place.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(to: &Path, text: &str) -> Result<()> {
+        fs::create_dir_all(to.join("sub"))?;
+        fs::write(to.join("sub/a file"), text)?;
+        Ok(())
+    }
+
+    #[test]
+    fn a_component_is_made_once_whole_and_anew_when_it_was_changed() {
+        let root = std::env::temp_dir().join(format!("lab-cache-{}", std::process::id()));
+        let cache = Cache::at(&root);
+        // One that was not finished is not there, and is no hindrance.
+        let broken = cache.component("guests/x", |to| {
+            write(to, "half")?;
+            bail!("interrupted")
+        });
+        assert!(broken.is_err() && !root.join("guests/x").exists());
+        let place = cache.component("guests/x", |to| write(to, "one")).unwrap();
+        let text = || fs::read_to_string(root.join("guests/x/sub/a file")).unwrap();
+        assert_eq!((place, text().as_str()), (root.join("guests/x"), "one"));
+        cache.component("guests/x", |to| write(to, "two")).unwrap();
+        assert_eq!(text(), "one", "it was there");
+        fs::write(root.join("guests/x/sub/a file"), "other").unwrap();
+        cache.component("guests/x", |to| write(to, "two")).unwrap();
+        assert_eq!(text(), "two", "it was not what it had been");
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 1, "nothing is left");
+        cache.remove().unwrap();
+        assert!(!root.exists());
+    }
 }

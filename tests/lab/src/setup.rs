@@ -341,8 +341,14 @@ fn build_host_kernel(root: &Path, apt: &Apt, to: &Path) -> Result<()> {
     step("build the lab's kernel (5-6 minutes on two cores)", || {
         shell(&format!("{make} olddefconfig && {make} -j{jobs} bzImage"))
     })?;
-    fs::copy(source.join("arch/x86/boot/bzImage"), to.join("bzImage"))?;
-    fs::remove_dir_all(&source)?;
+    keep_kernel(&source, to)
+}
+
+/// Of all that was built in `source`, the kernel is kept.
+fn keep_kernel(source: &Path, to: &Path) -> Result<()> {
+    let built = source.join("arch/x86/boot/bzImage");
+    fs::copy(&built, to.join("bzImage")).with_context(|| format!("no {}", built.display()))?;
+    fs::remove_dir_all(source)?;
     Ok(())
 }
 
@@ -359,6 +365,29 @@ fn shell(command: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_that_was_built_is_kept_alone_and_found_again() {
+        let folder = std::env::temp_dir().join(format!("lab-kernel-{}", std::process::id()));
+        let cache = Cache::at(&folder);
+        let build = |to: &Path| -> Result<()> {
+            let source = to.join("source");
+            fs::create_dir_all(source.join("arch/x86/boot/compressed"))?;
+            fs::write(source.join("arch/x86/boot/compressed/vmlinux.o"), "x")?;
+            fs::write(source.join("arch/x86/boot/bzImage"), "kernel")?;
+            keep_kernel(&source, to)
+        };
+        let made = cache.component("host-kernel", build).unwrap();
+        assert_eq!(made, folder.join("host-kernel"));
+        let again = |_: &Path| bail!("it is built again");
+        assert_eq!(cache.component("host-kernel", again).unwrap(), made);
+        assert_eq!(fs::read(made.join("bzImage")).unwrap(), b"kernel");
+        let files = fs::read_dir(&made).unwrap().flatten();
+        let mut files: Vec<_> = files.map(|file| file.file_name()).collect();
+        files.sort();
+        assert_eq!(files, ["SHA256SUMS", "bzImage"]);
+        cache.remove().unwrap();
+    }
 
     #[test]
     fn a_version_is_read_as_qemu_prints_it() {
