@@ -18,8 +18,9 @@ use crate::schemathesis;
 
 /// How long each fuzz target runs as part of the tests.
 const FUZZ_TIME: Duration = Duration::from_secs(10);
-/// So that two runs of the tests try the same inputs; `cargo lab fuzz` looks for new ones.
-const FUZZ_SEED: u32 = 20261120;
+/// So that two runs of the tests try the same inputs; `cargo lab fuzz` and `cargo test` look for new
+/// ones.
+const SEED: u32 = 20261120;
 
 /// Formatting, lints, documentation, licences.
 pub fn lints(root: &Path, tally: &mut Tally) {
@@ -77,6 +78,7 @@ pub fn units(root: &Path, tally: &mut Tally) -> Result<()> {
             "--exclude",
             "fuzz",
         ])
+        .env("PROPTEST_RNG_SEED", SEED.to_string())
         .current_dir(root);
     let output = command.output().context("cannot start cargo test")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -97,7 +99,7 @@ pub fn units(root: &Path, tally: &mut Tally) -> Result<()> {
 /// Fuzzing for a bounded time.
 pub fn fuzzing(root: &Path, tally: &mut Tally) {
     section("Fuzzing");
-    match Fuzzers::build(root).and_then(|fuzzers| fuzzers.run("", FUZZ_TIME, Some(FUZZ_SEED))) {
+    match Fuzzers::build(root).and_then(|fuzzers| fuzzers.run("", FUZZ_TIME, Some(SEED))) {
         Ok(done) => tally.add("fuzz targets", done.passed, done.failed),
         Err(error) => tally.check("the fuzz targets build and run", || Err(error)),
     }
