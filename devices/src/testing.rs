@@ -1,14 +1,12 @@
 //! A guest in miniature: RAM, interrupts and the driver's side of a split ring, for tests.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use viommu::GuestRam;
 use viommu::dma::DmaPort;
-use viommu::interrupt::Msi;
 use virtio_bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
@@ -16,7 +14,7 @@ use virtio_bindings::virtio_ring::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::interrupt::{MsiSource, MsiVector};
+pub(crate) use crate::interrupt::fake::FakeMsi;
 use crate::virtio::ring::{Ring, RingConfig};
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice, VirtioInterrupt};
 
@@ -37,55 +35,6 @@ pub(crate) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 pub(crate) fn ram() -> GuestRam {
     let ranges = [(GuestAddress(0), RAM as usize)];
     Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())
-}
-
-/// A vector that writes down where it leads.
-pub(crate) struct FakeVector {
-    pub(crate) eventfd: EventFd,
-    pub(crate) routes: Mutex<Vec<Option<Msi>>>,
-}
-
-impl FakeVector {
-    /// How often it was signalled since the last call.
-    pub(crate) fn signals(&self) -> u64 {
-        self.eventfd.read().unwrap_or(0)
-    }
-
-    pub(crate) fn route(&self) -> Option<Msi> {
-        self.routes.lock().unwrap().last().copied().flatten()
-    }
-}
-
-impl MsiVector for FakeVector {
-    fn eventfd(&self) -> &EventFd {
-        &self.eventfd
-    }
-
-    fn route(&self, msi: Option<Msi>) -> io::Result<()> {
-        self.routes.lock().unwrap().push(msi);
-        Ok(())
-    }
-}
-
-/// Hands out [`FakeVector`]s and keeps them.
-#[derive(Default)]
-pub(crate) struct FakeMsi(pub(crate) Mutex<Vec<Arc<FakeVector>>>);
-
-impl FakeMsi {
-    pub(crate) fn get(&self, index: usize) -> Arc<FakeVector> {
-        Arc::clone(&self.0.lock().unwrap()[index])
-    }
-}
-
-impl MsiSource for FakeMsi {
-    fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
-        let vector = Arc::new(FakeVector {
-            eventfd: EventFd::new(EFD_NONBLOCK)?,
-            routes: Mutex::default(),
-        });
-        self.0.lock().unwrap().push(Arc::clone(&vector));
-        Ok(vector)
-    }
 }
 
 /// Counts a device's interrupts.

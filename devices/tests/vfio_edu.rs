@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use devices::interrupt::{MsiSource, MsiVector};
+use devices::interrupt::fake::FakeMsi;
 use devices::passthrough::features::{Switch, Wishes};
 use devices::passthrough::hardware::Mapping;
 use devices::passthrough::{
@@ -35,7 +35,6 @@ use viommu::backend::{
 use viommu::interrupt::Msi;
 use viommu::{Gpa, GuestRam, Iova, Rid, Target};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
 const RID: Rid = Rid::new(0, 3, 0);
 const TARGET: Target = Target::rid(RID);
@@ -101,35 +100,6 @@ fn ram() -> GuestRam {
     ram
 }
 
-struct Vector {
-    eventfd: EventFd,
-    routed: Mutex<Option<Msi>>,
-}
-
-impl MsiVector for Vector {
-    fn eventfd(&self) -> &EventFd {
-        &self.eventfd
-    }
-    fn route(&self, msi: Option<Msi>) -> io::Result<()> {
-        *self.routed.lock().unwrap() = msi;
-        Ok(())
-    }
-}
-
-#[derive(Default)]
-struct Messages(Mutex<Vec<Arc<Vector>>>);
-
-impl MsiSource for Messages {
-    fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
-        let vector = Arc::new(Vector {
-            eventfd: EventFd::new(libc::EFD_NONBLOCK)?,
-            routed: Mutex::default(),
-        });
-        self.0.lock().unwrap().push(vector.clone());
-        Ok(vector)
-    }
-}
-
 #[derive(Default)]
 struct Slots(Mutex<Vec<(u64, Arc<Mapping>)>>);
 
@@ -159,7 +129,7 @@ struct Bench {
     host: PassthroughHost,
     function: Arc<VfioPci>,
     admitted: Option<Admitted>,
-    messages: Messages,
+    messages: FakeMsi,
     slots: Arc<Slots>,
 }
 
@@ -176,7 +146,7 @@ impl Bench {
         let ram = ram();
         let host = PassthroughHost::open(ram.clone()).unwrap();
         let admitted = host.admit(RID, &at).unwrap();
-        let messages = Messages::default();
+        let messages = FakeMsi::default();
         let slots = Arc::<Slots>::default();
         let connections = || Connections {
             messages: &messages,
@@ -305,22 +275,22 @@ fn a_device_without_a_viommu_reaches_guest_memory_interrupts_and_resets() {
         .function
         .config_write(msi + 12, &0x4041u16.to_le_bytes());
     let _ = bench.function.config_write(msi + 2, &1u16.to_le_bytes());
-    let vector = bench.messages.0.lock().unwrap()[0].clone();
+    let vector = bench.messages.get(0);
     let expected = Msi {
         address: 0xfee0_1000,
         data: 0x4041,
     };
-    assert_eq!(*vector.routed.lock().unwrap(), Some(expected));
+    assert_eq!(vector.route(), Some(expected));
     let _ = bench.function.bar_write(0, 0x60, &1u32.to_le_bytes());
     let end = Instant::now() + Duration::from_secs(200);
-    while vector.eventfd.read().is_err() {
+    while vector.signals() == 0 {
         assert!(Instant::now() < end, "no interrupt");
         std::thread::sleep(Duration::from_millis(1));
     }
 
     let _ = bench.function.reset();
     assert!(bench.function.decoded().is_empty());
-    assert_eq!(*vector.routed.lock().unwrap(), None);
+    assert_eq!(vector.route(), None);
 }
 
 #[test]
@@ -477,7 +447,7 @@ fn the_group_container_works_where_there_is_nothing_else() {
     drop(legacy.open(&at).unwrap());
     let (device, group) = legacy.open(&at).unwrap();
     let device = Arc::new(device);
-    let messages = Messages::default();
+    let messages = FakeMsi::default();
     let connections = Connections {
         messages: &messages,
         line: None,

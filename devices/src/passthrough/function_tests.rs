@@ -8,6 +8,7 @@ use vmm_sys_util::tempfile::TempFile;
 use super::super::config::tests::{LENGTHS, nvme};
 use super::super::hardware::Region;
 use super::*;
+use crate::interrupt::fake::FakeMsi;
 use crate::interrupt::{EndOfInterrupt, IrqLine};
 
 /// A device of memory, which records what is asked of it.
@@ -123,34 +124,6 @@ impl Hardware for Fake {
     }
 }
 
-struct Vector {
-    eventfd: EventFd,
-    routes: Arc<Mutex<Vec<Option<Msi>>>>,
-}
-
-impl MsiVector for Vector {
-    fn eventfd(&self) -> &EventFd {
-        &self.eventfd
-    }
-
-    fn route(&self, msi: Option<Msi>) -> io::Result<()> {
-        self.routes.lock().unwrap().push(msi);
-        Ok(())
-    }
-}
-
-#[derive(Default)]
-struct Source(Arc<Mutex<Vec<Option<Msi>>>>);
-
-impl MsiSource for Source {
-    fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
-        Ok(Arc::new(Vector {
-            eventfd: EventFd::new(libc::EFD_NONBLOCK)?,
-            routes: self.0.clone(),
-        }))
-    }
-}
-
 #[derive(Default)]
 struct Slots(Mutex<BTreeMap<u64, u64>>);
 
@@ -177,7 +150,7 @@ impl PeerMemory for Slots {
 struct Bench {
     fake: Arc<Fake>,
     function: Arc<VfioPci>,
-    source: Source,
+    msi: FakeMsi,
     slots: Arc<Slots>,
     peers: Arc<Slots>,
 }
@@ -185,14 +158,14 @@ struct Bench {
 impl Bench {
     fn new(fake: Fake, line: Option<Arc<dyn LevelLine>>) -> Self {
         let fake = Arc::new(fake);
-        let source = Source::default();
+        let msi = FakeMsi::default();
         let (slots, peers) = (Arc::<Slots>::default(), Arc::<Slots>::default());
         let offer = Offer {
             pin: 1,
             ..Offer::default()
         };
         let connections = Connections {
-            messages: &source,
+            messages: &msi,
             line,
             direct: slots.clone(),
             peers: Some(peers.clone()),
@@ -201,14 +174,18 @@ impl Bench {
         Self {
             fake,
             function,
-            source,
+            msi,
             slots,
             peers,
         }
     }
 
     fn routes(&self) -> Vec<Option<Msi>> {
-        std::mem::take(&mut self.source.0.lock().unwrap())
+        let vectors = self.msi.vectors();
+        vectors
+            .iter()
+            .flat_map(|vector| vector.take_routes())
+            .collect()
     }
 
     fn write(&self, at: u16, data: &[u8]) {

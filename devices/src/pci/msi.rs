@@ -155,8 +155,8 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interrupt::fake::FakeMsi;
     use crate::pci::config::Identity;
-    use crate::testing::FakeMsi;
 
     struct Function {
         config: ConfigSpace,

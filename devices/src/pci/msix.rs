@@ -263,7 +263,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::testing::FakeMsi;
+    use crate::interrupt::fake::FakeMsi;
 
     const COUNT: u16 = 5;
 
@@ -362,7 +362,7 @@ mod tests {
             program(&msix, 0, 0x41, true);
             program(&msix, 0, 0x41, false);
         }
-        assert_eq!(msi.get(0).routes.lock().unwrap().len(), 1);
+        assert_eq!(msi.get(0).take_routes().len(), 1);
     }
 
     #[test]
@@ -373,7 +373,7 @@ mod tests {
         assert!(msi.get(0).route().is_some());
         program(&msix, 0, 0x41, true);
         assert_eq!(msi.get(0).route(), None);
-        msi.get(0).eventfd.write(1).unwrap();
+        msi.get(0).eventfd().write(1).unwrap();
         assert_eq!(pending(&msix), 1);
         assert_eq!(pending(&msix), 1, "reading does not clear it");
         program(&msix, 0, 0x41, false);

@@ -337,34 +337,13 @@ mod tests {
     use std::io;
     use std::sync::Arc;
 
-    use devices::interrupt::{MsiSource, MsiVector};
+    use devices::interrupt::fake::FakeMsi;
     use devices::pci::PciFunction;
     use devices::testdev::{Features, TestDevice};
     use viommu::dma::DmaPort;
-    use viommu::interrupt::Msi;
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-    use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-
-    struct Vector(EventFd);
-
-    impl MsiVector for Vector {
-        fn eventfd(&self) -> &EventFd {
-            &self.0
-        }
-        fn route(&self, _: Option<Msi>) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    struct Vectors;
-
-    impl MsiSource for Vectors {
-        fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
-            Ok(Arc::new(Vector(EventFd::new(0)?)))
-        }
-    }
 
     impl Registers for TestDevice {
         fn read(&self, at: u64) -> u32 {
@@ -381,7 +360,9 @@ mod tests {
     fn the_driver_and_the_device_understand_the_document_alike() -> Result<()> {
         let ram = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)])?);
         let port = DmaPort::direct(Arc::clone(&ram));
-        let device = TestDevice::new(Features::default(), &Vectors, |_| Ok::<_, io::Error>(port))?;
+        let device = TestDevice::new(Features::default(), &FakeMsi::default(), |_| {
+            Ok::<_, io::Error>(port)
+        })?;
         identify(&device)?;
         let channel = Channel::new(&device, 63);
         let none = How::default();

@@ -5,13 +5,12 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use devices::interrupt::{MsiSource, MsiVector};
+use devices::interrupt::fake::FakeMsi;
 use devices::pci::PciFunction;
 use devices::testdev::{Features, TestDevice};
 use dma_engine::registers::{Channel, How, Operation, Reason, Registers, Status, checksum};
@@ -25,7 +24,6 @@ use viommu::spec::vtd::vcmd::{VCCAP, VCMD, VCRSP};
 use viommu::vtd::{Connections, Unit, UnitConfig};
 use viommu::{GuestRam, Rid};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
 const RAM: usize = 64 << 20;
 const ROOT: u64 = 0x1000;
@@ -37,25 +35,6 @@ const DEVICE: Rid = Rid::new(0, 3, 0);
 const PAGE: u64 = 4096;
 /// Where every process has its memory.
 const PLACE: u64 = 0x7f00_1234_5000;
-
-struct Vector(EventFd);
-
-impl MsiVector for Vector {
-    fn eventfd(&self) -> &EventFd {
-        &self.0
-    }
-    fn route(&self, _: Option<Msi>) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-struct Vectors;
-
-impl MsiSource for Vectors {
-    fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
-        Ok(Arc::new(Vector(EventFd::new(libc::EFD_NONBLOCK)?)))
-    }
-}
 
 struct NoInterrupts;
 
@@ -94,7 +73,7 @@ impl Guest {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
         let ram = Arc::new(ram);
         let engine = Engine::new(Arc::clone(&ram));
-        let device = TestDevice::new(Features::default(), &Vectors, |responses| {
+        let device = TestDevice::new(Features::default(), &FakeMsi::default(), |responses| {
             let config = EndpointConfig {
                 pasid_bits: 20,
                 page_responses: Some(responses),

@@ -15,7 +15,7 @@ fn abort_ends_an_operation_of_any_length() {
     assert!(matches!(long.end(), ABORTED | IS_DONE));
     let mut seen = 0;
     until_mut(|| {
-        seen += rig.vectors.count(0);
+        seen += rig.msi.get(0).signals();
         seen == 1
     });
     assert_eq!(

@@ -8,7 +8,6 @@ mod paging;
 mod pasids;
 mod registers;
 
-use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -21,10 +20,9 @@ use viommu::dma::DmaPort;
 use viommu::interrupt::{MessageSink, Msi};
 use viommu::{DomainId, Gpa, GuestRam, Iova, Pasid, Rid, Target};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::interrupt::{MsiSource, MsiVector};
+use crate::interrupt::fake::FakeMsi;
 use crate::pci::PciFunction;
 
 const RID: Rid = Rid::new(0, 3, 0);
@@ -71,35 +69,6 @@ const fn failed(reason: u32) -> u32 {
 const DISABLED: u32 = failed(2);
 const FAULT: u32 = failed(3);
 
-/// A vector that counts in its eventfd, whatever it is routed to.
-struct Vector(EventFd);
-
-impl MsiVector for Vector {
-    fn eventfd(&self) -> &EventFd {
-        &self.0
-    }
-    fn route(&self, _: Option<Msi>) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-#[derive(Default)]
-struct Vectors(Mutex<Vec<Arc<Vector>>>);
-
-impl MsiSource for Vectors {
-    fn vector(&self) -> io::Result<Arc<dyn MsiVector>> {
-        let vector = Arc::new(Vector(EventFd::new(libc::EFD_NONBLOCK)?));
-        self.0.lock().unwrap().push(Arc::clone(&vector));
-        Ok(vector)
-    }
-}
-
-impl Vectors {
-    fn count(&self, vector: usize) -> u64 {
-        self.0.lock().unwrap()[vector].0.read().unwrap_or(0)
-    }
-}
-
 /// What a front end is told.
 #[derive(Default)]
 struct Told {
@@ -132,16 +101,16 @@ struct Rig {
     engine: Engine,
     told: Arc<Told>,
     ram: GuestRam,
-    vectors: Vectors,
+    msi: FakeMsi,
 }
 
 impl Rig {
     /// The device behind a vIOMMU, claimed and Blocked, with everything enabled.
     fn new() -> Self {
-        let (ram, vectors, told) = (ram(), Vectors::default(), Arc::new(Told::default()));
+        let (ram, msi, told) = (ram(), FakeMsi::default(), Arc::new(Told::default()));
         let engine = Engine::new(Arc::clone(&ram));
         let messages: Arc<dyn MessageSink> = Arc::clone(&told) as _;
-        let device = TestDevice::new(Features::default(), &vectors, |page_responses| {
+        let device = TestDevice::new(Features::default(), &msi, |page_responses| {
             let config = EndpointConfig {
                 pasid_bits: 20,
                 page_responses: Some(page_responses),
@@ -156,7 +125,7 @@ impl Rig {
             engine,
             told,
             ram,
-            vectors,
+            msi,
         };
         rig.enable();
         rig

@@ -37,9 +37,9 @@ fn copies_fills_and_sums_any_length_at_any_address() {
 
 #[test]
 fn a_device_with_no_viommu_reaches_guest_memory_and_nothing_else() {
-    let (ram, vectors) = (ram(), Vectors::default());
+    let (ram, msi) = (ram(), FakeMsi::default());
     let port = DmaPort::direct(Arc::clone(&ram));
-    let device = TestDevice::new(Features::default(), &vectors, |_| Ok::<_, ()>(port)).unwrap();
+    let device = TestDevice::new(Features::default(), &msi, |_| Ok::<_, ()>(port)).unwrap();
     let _ = device.config_write(0x04, &[6, 0]);
     let channel = Driver {
         device: &device,

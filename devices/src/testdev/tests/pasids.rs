@@ -57,7 +57,11 @@ fn channels_run_side_by_side_each_with_its_own_pasid() {
         assert_eq!(page, [n; 512]);
     }
     until(|| rig.register(0x14) == 0);
-    let interrupts = || (0..16).map(|vector| rig.vectors.count(vector)).sum::<u64>();
+    let interrupts = || {
+        (0..16)
+            .map(|vector| rig.msi.get(vector).signals())
+            .sum::<u64>()
+    };
     let mut seen = 0;
     until_mut(|| {
         seen += interrupts();

@@ -26,14 +26,13 @@ fn before_it_is_enabled_pri_is_stopped_and_wants_pasids_in_responses() {
 
 #[test]
 fn what_was_not_configured_is_not_there() {
-    let vectors = Vectors::default();
+    let msi = FakeMsi::default();
     let features = Features {
         pasid_bits: 0,
         ats: false,
         pri: false,
     };
-    let new =
-        |features| TestDevice::new(features, &vectors, |_| Ok::<_, ()>(DmaPort::direct(ram())));
+    let new = |features| TestDevice::new(features, &msi, |_| Ok::<_, ()>(DmaPort::direct(ram())));
     let device = new(features).unwrap();
     let mut header = [0; 4];
     device.config_read(0x100, &mut header);

@@ -5,6 +5,9 @@
 //! the guest programmed, and signals the vector's eventfd. Remapping happens behind
 //! [`MsiVector::route`], so an irqfd stays on for devices behind a vIOMMU.
 
+#[cfg(any(test, feature = "testing"))]
+pub mod fake;
+
 use std::io;
 use std::sync::{Arc, Weak};
 
