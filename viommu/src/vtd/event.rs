@@ -45,7 +45,8 @@ impl EventInterrupt {
                     return Some(self.message());
                 }
             }
-            1 => self.data = value,
+            // Messages of the architecture have 16 bits of data: the rest is reserved.
+            1 => self.data = value & 0xffff,
             2 => self.address = value & !3,
             _ => self.upper_address = value,
         }
@@ -81,7 +82,7 @@ mod tests {
 
     fn programmed() -> EventInterrupt {
         let mut event = EventInterrupt::default();
-        assert_eq!(event.write(1, 0x4021), None);
+        assert_eq!(event.write(1, 0xabcd_4021), None);
         assert_eq!(event.write(2, 0xfee0_1007), None);
         assert_eq!(event.write(3, 0x100), None);
         event

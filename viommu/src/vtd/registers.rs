@@ -59,7 +59,10 @@ pub(super) struct Registers {
     /// ICS.IWC.
     completed: bool,
     event: EventInterrupt,
+    /// IRTA as written.
     irta: Irta,
+    /// IRTA as SIRTP latched it.
+    interrupt_table: Irta,
 }
 
 /// Replaces the lower half of `bits`.
@@ -187,6 +190,11 @@ impl Registers {
         self.root = self.rtaddr;
     }
 
+    /// IRTA takes effect.
+    pub(super) fn latch_interrupt_table(&mut self) {
+        self.interrupt_table = self.irta;
+    }
+
     /// The queue is switched on or off: it begins at its start again.
     pub(super) fn restart_queue(&mut self) {
         self.head = 0;
@@ -237,9 +245,9 @@ impl Registers {
         self.tail
     }
 
-    /// IRTA.
-    pub(super) fn irta(&self) -> Irta {
-        self.irta
+    /// The interrupt table that is in force.
+    pub(super) fn interrupt_table(&self) -> Irta {
+        self.interrupt_table
     }
 }
 

@@ -226,6 +226,38 @@ fn interrupt_routes_are_rewritten_before_a_wait_is_done() {
 }
 
 #[test]
+fn an_interrupt_table_takes_effect_with_its_command_only() {
+    let mut guest = Guest::new(UnitConfig::default());
+    let routes = Arc::new(Routes::default());
+    guest.unit = Unit::new(
+        UnitConfig {
+            interrupt_remapping: true,
+            ..UnitConfig::default()
+        },
+        Connections {
+            ram: Arc::clone(&guest.ram),
+            msi: Arc::clone(&guest.mailbox) as _,
+            backends: vec![],
+            remapper: Some(Arc::clone(&routes) as _),
+            pasids: None,
+        },
+    )
+    .unwrap();
+    let base = |routes: &Routes| {
+        let updates = routes.0.lock().unwrap();
+        updates.last().is_some_and(|last| last.contains("0x8000"))
+    };
+    guest.w64(offset::IRTA, 0x8000 | 0x80f);
+    guest.w32(offset::GCMD, 1 << 24);
+    guest.w64(offset::IRTA, 0x9000 | 0x80f);
+    guest.w32(offset::GCMD, 1 << 25);
+    assert!(base(&routes), "{:?}", routes.0.lock().unwrap());
+    assert_eq!(guest.r64(offset::IRTA), 0x9000 | 0x80f, "as written");
+    guest.w32(offset::GCMD, 1 << 25 | 1 << 24);
+    assert!(!base(&routes));
+}
+
+#[test]
 fn an_interrupt_entry_cache_descriptor_is_unknown_where_remapping_is_not_offered() {
     let mut guest = Guest::scalable();
     assert!(!guest.submit(&[[4, 0, 0, 0]]));

@@ -224,6 +224,9 @@ impl Unit {
         if change.root_pointer {
             registers.latch_root();
         }
+        if change.interrupt_pointer {
+            registers.latch_interrupt_table();
+        }
         if change.queue.is_some() {
             registers.restart_queue();
         }
@@ -246,7 +249,7 @@ impl Unit {
         if (change.interrupt_pointer || change.interrupts)
             && let Some(remapper) = &self.remapper
         {
-            let irta = registers.irta();
+            let irta = registers.interrupt_table();
             remapper.update(Remapping {
                 table: status.ire().then(|| RemappingTable {
                     base: Gpa(irta.irta() << 12),
