@@ -151,6 +151,15 @@ impl DmaPort {
         }
     }
 
+    /// Sends a translation request (ATS) for `iova`. Whether it is supported: if so,
+    /// [`DmaAccess::lookup`] has the translation. To be called with no access of this thread begun.
+    pub fn translation_request(&self, iova: Iova) -> bool {
+        match &self.route {
+            Route::Direct(_) => true,
+            Route::Translated(port) => port.translation_request(iova),
+        }
+    }
+
     /// Asks for a page (PRI). The answer comes to the endpoint's
     /// [`PageResponseSink`](crate::backend::software::PageResponseSink), once per `group` whose
     /// `last` request was sent.

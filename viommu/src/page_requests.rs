@@ -213,6 +213,16 @@ impl<T> PageRequests<T> {
         }
     }
 
+    /// Its holder has answered the last request of a group by itself, without passing it on: if
+    /// earlier ones were passed on, the group is not open any longer.
+    pub fn abandon(&mut self, target: Target, group: u16) {
+        let key = (target, group);
+        if matches!(self.groups.get(&key), Some(Group::Open { .. })) {
+            self.groups.remove(&key);
+            self.closed(target.endpoint, 1);
+        }
+    }
+
     /// Takes everything in `scope` off the book: its endpoint is reset or unplugged, its PASID
     /// goes away, or its guest does. Incomplete groups are forgotten; those that are owed an
     /// answer come out. Costs what is in `scope`.
@@ -399,6 +409,19 @@ mod tests {
         assert_eq!(refused.why, Refusal::GroupFull(3));
         book.request(&request(ONE, 0, true), 8).unwrap();
         assert_eq!(book.respond(ONE, 0), Some(8));
+    }
+
+    #[test]
+    fn a_group_that_its_holder_ended_takes_no_room_and_one_that_is_owed_stays() {
+        let mut book = small();
+        book.request(&request(ONE, 0, false), 0).unwrap();
+        book.request(&request(ONE, 1, true), 1).unwrap();
+        for group in 0..3 {
+            book.abandon(ONE, group);
+        }
+        assert_eq!((book.groups_of(Rid(1)), book.waiting()), (1, 1));
+        assert_eq!(book.respond(ONE, 1), Some(1));
+        assert!(book.is_empty());
     }
 
     #[test]

@@ -162,6 +162,9 @@ impl Port {
     ) -> Result<(), Short> {
         let mut done = 0;
         let whole = self.with(who, |port| {
+            if who.ats && !port.translation_request(Iova(iova)) {
+                return;
+            }
             let access = port.access();
             let length = match who.ats {
                 true => translated(&access, iova, length, permission),
@@ -213,8 +216,12 @@ impl Upstream for Port {
     }
 
     fn translate(&self, who: &Attributes, iova: u64, access: Access) -> Option<u64> {
-        let found = self.with(who, |port| port.access().lookup(Iova(iova), 1, access));
-        Some(found?.ok()?.gpa.0)
+        let found = self.with(who, |port| {
+            let supported = port.translation_request(Iova(iova));
+            let found = supported.then(|| port.access().lookup(Iova(iova), 1, access));
+            found?.ok()
+        });
+        Some(found??.gpa.0)
     }
 
     fn message(&self, who: &Attributes, msi: Msi) -> bool {

@@ -45,21 +45,44 @@ pub(super) struct ScalableContext {
     pub(super) directory: Gpa,
     /// How many PASIDs it can name.
     pub(super) pasids: u32,
+    /// How many PASIDs the unit offers (ECAP.PSS): requests with those from there on are refused,
+    /// whatever the tables say.
+    pub(super) offered: u32,
     /// The PASID of requests without PASID.
     pub(super) rid_pasid: u32,
     /// Requests with PASID are allowed.
     pub(super) paside: bool,
+    /// Translation requests are allowed.
+    pub(super) dte: bool,
     /// Page requests are allowed.
     pub(super) pre: bool,
     /// Qualified faults are not recorded.
     pub(super) fpd: bool,
 }
 
+impl ScalableContext {
+    /// Requests with a PASID from here on are refused.
+    pub(super) fn serveable(&self) -> u32 {
+        self.pasids.min(self.offered)
+    }
+
+    /// Whether requests with `pasid` are served, if it is not RID_PASID and has an entry.
+    #[inline]
+    pub(super) fn serves(&self, pasid: u32) -> bool {
+        self.paside && pasid < self.offered
+    }
+}
+
 /// What a context entry says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Context {
     /// Legacy mode: everything.
-    Legacy(Entry),
+    Legacy {
+        /// What translates.
+        entry: Entry,
+        /// Translation requests are allowed.
+        device_tlb: bool,
+    },
     /// Scalable mode: where the PASID entries are.
     Scalable(ScalableContext),
 }
@@ -109,7 +132,7 @@ pub(super) fn decode(
     rid: Rid,
 ) -> Result<Context, Problem> {
     match root.mode() {
-        TranslationTableMode::Legacy => legacy(ram, offer, root, rid).map(Context::Legacy),
+        TranslationTableMode::Legacy => legacy(ram, offer, root, rid),
         TranslationTableMode::Scalable if offer.ecap.smts() => {
             let words = read_scalable(ram, find_scalable(ram, root, rid)?)?;
             scalable(offer, words).map(Context::Scalable)
@@ -126,7 +149,7 @@ fn legacy(
     offer: &Offer,
     root: Rtaddr,
     rid: Rid,
-) -> Result<Entry, Problem> {
+) -> Result<Context, Problem> {
     let fault = |reason| Problem { reason, fpd: false };
     let at = root.address() + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
     let [low, high] = read_words(ram, at).ok_or(fault(FaultReason::RootTableAccess))?;
@@ -160,10 +183,14 @@ fn legacy(
         2 if offer.ecap.pt() => Translation::Identity,
         _ => return Err(fault(FaultReason::ContextEntryInvalid)),
     };
-    Ok(Entry {
+    let entry = Entry {
         did: high.did(),
         translation,
         fpd,
+    };
+    Ok(Context::Legacy {
+        entry,
+        device_tlb: low.tt() == 1,
     })
 }
 
@@ -236,8 +263,10 @@ pub(super) fn scalable(offer: &Offer, words: [u64; 4]) -> Result<ScalableContext
     Ok(ScalableContext {
         directory: Gpa(low.directory()),
         pasids: low.pasids(),
+        offered: 1 << offer.pasid_bits(),
         rid_pasid: high.rid_pasid(),
         paside: low.paside(),
+        dte: low.dte(),
         pre: low.pre(),
         fpd,
     })

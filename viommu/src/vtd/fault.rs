@@ -26,6 +26,8 @@ pub struct Recorded {
     pub target: Target,
     /// At which address.
     pub iova: Iova,
+    /// What kind of request it was.
+    pub request: RequestKind,
     /// It was a write.
     pub write: bool,
     /// It was an instruction fetch.
@@ -34,6 +36,20 @@ pub struct Recorded {
     pub privileged: bool,
     /// Why it was blocked.
     pub reason: FaultReason,
+}
+
+/// The kinds of requests that a record tells apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub enum RequestKind {
+    /// DMA, or an interrupt.
+    #[default]
+    Untranslated,
+    /// A translation request (ATS).
+    Translation,
+    /// A page request (PRI).
+    Page,
 }
 
 /// FSTS, FECTL and its message, the fault recording registers, IQERCD.
@@ -190,7 +206,9 @@ impl Faults {
             lo: FaultRecordLow::new().with_fi(fault.iova.0 >> 12),
             hi: FaultRecordHigh::new()
                 .with_sid(fault.target.endpoint.0)
-                .with_t1(!fault.write)
+                .with_t1(!fault.write && fault.request != RequestKind::Page)
+                .with_t2(fault.request == RequestKind::Page)
+                .with_at((fault.request == RequestKind::Translation).into())
                 .with_pp(pasid.is_some())
                 .with_pv(pasid.map_or(0, |pasid| pasid.0))
                 .with_exe(pasid.is_some() && fault.execute)

@@ -27,7 +27,7 @@ mod unit;
 pub mod vcmd;
 
 pub use capabilities::{Extras, Mode, Offer, UnitConfig, Unsupported, check_agreement};
-pub use fault::Recorded;
+pub use fault::{Recorded, RequestKind};
 pub use invalidate::QueueCounts;
 pub use remap::{InterruptRemapper, Remapping, RemappingTable};
 pub use state::{EndpointState, UnitState};

@@ -31,19 +31,21 @@ pub(super) fn lookup(
         context::decode(ram, offer, root, target.endpoint)?,
         target.pasid,
     ) {
-        (Context::Legacy(entry), _) => Ok(entry),
+        (Context::Legacy { entry, .. }, _) => Ok(entry),
         (Context::Scalable(context), None) => decode(ram, offer, &context, context.rid_pasid),
         (Context::Scalable(context), Some(pasid)) if pasid.0 == context.rid_pasid => Err(Problem {
             reason: FaultReason::PasidIsRidPasid,
             fpd: context.fpd,
         }),
-        (Context::Scalable(context), Some(pasid)) if context.paside => {
-            decode(ram, offer, &context, pasid.0)
-        }
-        (Context::Scalable(context), Some(_)) => Err(Problem {
+        (Context::Scalable(context), Some(_)) if !context.paside => Err(Problem {
             reason: FaultReason::PasidDisabled,
             fpd: context.fpd,
         }),
+        (Context::Scalable(context), Some(pasid)) if pasid.0 >= context.offered => Err(Problem {
+            reason: FaultReason::PasidNotSupported,
+            fpd: context.fpd,
+        }),
+        (Context::Scalable(context), Some(pasid)) => decode(ram, offer, &context, pasid.0),
     }
 }
 

@@ -137,6 +137,12 @@ impl Recorder {
         }
     }
 
+    /// A device asks for a translation; whether the guest lets it.
+    pub(crate) fn asks_translation(&self, target: Target, iova: Iova) -> bool {
+        let sink = self.with(|inner| inner.sinks.get(&target.endpoint).cloned());
+        sink.is_some_and(|sink| sink.translation_request(target, iova))
+    }
+
     /// A device asks for a page.
     pub(crate) fn ask(&self, request: PageRequest) {
         let sink = self.with(|inner| {

@@ -11,7 +11,7 @@ use crate::dma::PageRequestRefused;
 use crate::doorbell::Doorbell;
 use crate::interrupt::MessageSink;
 use crate::page_requests::{PageRequests, Withdrawn};
-use crate::{Pasid, Rid, Target};
+use crate::{Iova, Pasid, Rid, Target};
 
 /// Takes the answers to an endpoint's page requests. Implemented by the device model.
 pub trait PageResponseSink: Send + Sync {
@@ -154,6 +154,12 @@ impl Endpoint {
         if let Some(sink) = sink {
             sink.fault(fault);
         }
+    }
+
+    /// Asks the front end whether a translation request is allowed; without one it is not.
+    pub(super) fn translation_request(&self, target: Target, iova: Iova) -> bool {
+        let sink = lock(&self.claim).sink.clone();
+        sink.is_some_and(|sink| sink.translation_request(target, iova))
     }
 
     /// Sends a page request of a target whose translation is in force or not (`blocked`).

@@ -165,6 +165,11 @@ impl Port {
         sink.filter(|_| self.target().pasid.is_none())
     }
 
+    pub(crate) fn translation_request(&self, iova: Iova) -> bool {
+        self.endpoint
+            .translation_request(self.target(), Iova(iova.0 & !0xfff))
+    }
+
     pub(crate) fn page_request(
         &self,
         iova: Iova,

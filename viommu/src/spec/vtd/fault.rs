@@ -65,6 +65,8 @@ reasons! {
     InterruptCompatibilityBlocked = 0x25,
     /// The interrupt's source is not the one the entry allows.
     InterruptSource = 0x26,
+    /// A request to the interrupt range that is not an interrupt message.
+    NotAnInterrupt = 0x29,
 
     /// RTA.1: RTADDR names no mode of this unit.
     RootTableAddressInvalid = 0x30,
@@ -154,6 +156,8 @@ reasons! {
     ScalableReadNotPermitted = 0x86,
     /// SGN.8: the output lies in the interrupt range.
     ScalableInterruptRange = 0x87,
+    /// SGN.10: the PASID is beyond those that ECAP.PSS offers.
+    PasidNotSupported = 0x89,
     /// SFS.9: an A/D update was needed where walks are not snooped.
     FirstStageAccessedDirty = 0x90,
     /// SFS.10: an atomic A/D update failed.
@@ -179,6 +183,7 @@ impl FaultReason {
                 | Self::InterruptIndex
                 | Self::InterruptTableAccess
                 | Self::InterruptCompatibilityBlocked
+                | Self::NotAnInterrupt
                 | Self::RootTableAddressInvalid
                 | Self::PasidInLegacyMode
                 | Self::PageRequestInLegacyMode

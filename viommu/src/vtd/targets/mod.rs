@@ -19,7 +19,7 @@ use self::live::Live;
 use self::scan::KnownTables;
 use super::capabilities::Offer;
 use super::context::{self, Entry, Problem, ScalableContext};
-use super::fault::Recorded;
+use super::fault::{Recorded, RequestKind};
 use super::pasid;
 use crate::backend::{Backend, Invalidation, Translation};
 use crate::spec::vtd::fault::FaultReason;
@@ -183,7 +183,7 @@ impl Endpoint {
             Some(Target::rid(rid))
         } else {
             let target = Target::pasid(rid, Pasid(pasid));
-            context.paside.then_some(target)
+            context.serves(pasid).then_some(target)
         }
     }
 
@@ -205,7 +205,7 @@ impl Endpoint {
         let Some(context) = &self.context else {
             return true;
         };
-        if !context.paside && pasid != context.rid_pasid {
+        if !context.serves(pasid) && pasid != context.rid_pasid {
             return true;
         }
         let Some(seen) = self.seen.of(pasid) else {
@@ -289,6 +289,8 @@ pub(super) struct Targets {
     pub(super) counts: TargetCounts,
     /// Whether a global PASID-cache invalidation is still to be done.
     rescan: bool,
+    /// Endpoints with another context entry, whose PASIDs are still to be looked for.
+    rescans: BTreeSet<Rid>,
 }
 
 /// What decoding needs, while translation is on.
@@ -315,6 +317,7 @@ impl Targets {
             outcome: Outcome::default(),
             counts: TargetCounts::default(),
             rescan: false,
+            rescans: BTreeSet::new(),
         }
     }
 
@@ -368,6 +371,7 @@ impl Targets {
             });
         }
         let endpoint = self.endpoints.remove(&rid)?;
+        self.rescans.remove(&rid);
         self.rids.retain(|known| *known != rid);
         let place = self.slots.get_mut(endpoint.backend)?;
         let slot = place.as_mut()?;
@@ -437,6 +441,7 @@ impl Targets {
             targets.default_policy(rid, bypass);
         });
         self.rescan = false;
+        self.rescans.clear();
         self.due.clear();
     }
 
@@ -661,6 +666,7 @@ const fn is_absent(reason: FaultReason) -> bool {
             | FaultReason::PasidDirectoryNotPresent
             | FaultReason::PasidEntryNotPresent
             | FaultReason::PasidBeyondDirectory
+            | FaultReason::PasidNotSupported
     )
 }
 
@@ -669,6 +675,7 @@ const fn at_entry(target: Target, reason: FaultReason) -> Recorded {
     Recorded {
         target,
         iova: Iova(0),
+        request: RequestKind::Untranslated,
         write: false,
         execute: false,
         privileged: false,

@@ -18,6 +18,7 @@ impl Targets {
     /// One endpoint came: what the guest's tables say about it already.
     pub(in crate::vtd) fn refresh_new(&mut self, view: View, rid: Rid) {
         self.refresh_context(view, rid, true);
+        self.finish(view);
     }
 
     /// A context-cache invalidation. With caching mode, entries that were not present have no
@@ -52,7 +53,7 @@ impl Targets {
                 self.clear(rid, None);
                 self.set(Target::rid(rid), 0, Err(problem));
             }
-            Ok(Context::Legacy(entry)) => {
+            Ok(Context::Legacy { entry, .. }) => {
                 self.clear(rid, Some(None));
                 self.set(Target::rid(rid), 0, Ok(entry));
             }
@@ -85,9 +86,9 @@ impl Targets {
                     endpoint.tables.clear();
                 }
                 self.refresh_pasid(view, rid, context.rid_pasid);
+                // Once per run of the queue, however often the guest changes the entry meanwhile.
                 if scan && was != Some(context) {
-                    let mut tables = MAX_TABLES_PER_SCAN;
-                    self.scan_pasids(view, rid, &mut tables);
+                    self.rescans.insert(rid);
                 }
             }
         }
@@ -136,14 +137,19 @@ impl Targets {
     /// Does what was put off to be done once: the scan for PASIDs, asking again for what was
     /// refused, and the batches.
     pub(in crate::vtd) fn finish(&mut self, view: View) {
+        let mut tables = MAX_TABLES_PER_SCAN;
+        let changed = std::mem::take(&mut self.rescans);
         if std::mem::take(&mut self.rescan) {
-            let mut tables = MAX_TABLES_PER_SCAN;
             self.for_each(|targets, rid| {
                 if let Some(context) = targets.endpoints.get(&rid).and_then(|e| e.context) {
                     targets.refresh_pasid(view, rid, context.rid_pasid);
                     targets.scan_pasids(view, rid, &mut tables);
                 }
             });
+        } else {
+            for rid in changed {
+                self.scan_pasids(view, rid, &mut tables);
+            }
         }
         while let Some(target) = self.due.pop_first() {
             self.retry(target);

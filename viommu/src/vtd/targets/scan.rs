@@ -56,7 +56,7 @@ impl Targets {
             return;
         };
         let entries = match context.paside {
-            true => context.pasids / PASID_TABLE_ENTRIES,
+            true => context.serveable().div_ceil(PASID_TABLE_ENTRIES),
             false => 0,
         };
         // The first PASID that was not looked at.
@@ -118,7 +118,7 @@ impl Targets {
         let mut present = 0;
         for (pasid, words) in (first..).zip(table) {
             // Bit 0 of the first word is P.
-            if words[0] & 1 == 0 || pasid == context.rid_pasid {
+            if words[0] & 1 == 0 || pasid == context.rid_pasid || !context.serves(pasid) {
                 continue;
             }
             present += 1;

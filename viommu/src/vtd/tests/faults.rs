@@ -3,7 +3,7 @@
 
 use super::super::UnitConfig;
 use super::super::testing::*;
-use crate::backend::{Access, Backend, Fault, FaultCause, Stage, Translation};
+use crate::backend::{Access, Backend, Fault, FaultCause, PageRequest, Stage, Translation};
 use crate::spec::vtd::fault::FaultReason as R;
 use crate::spec::vtd::registers as offset;
 use crate::{Iova, Pasid, Rid, Target};
@@ -59,6 +59,93 @@ fn a_record_names_the_device_the_address_the_reason_and_the_pasid() {
     assert_eq!(guest.r32(offset::FSTS), 1 << 8 | 2, "the second record");
     assert_eq!(guest.r32(at + 16 + 8), 7 << 29 | u32::from(NIC.0));
     assert_eq!(guest.r32(at + 16 + 12), 3 << 30 | 5 << 8 | 0x71);
+}
+
+#[test]
+fn a_record_tells_dma_page_requests_and_translation_requests_apart() {
+    let mut guest = bound();
+    let five = Target::pasid(NIC, Pasid(5));
+    // P and PASIDE, neither DTE nor PRE.
+    let directory = guest.page();
+    guest.set_context(NIC, [directory | 9, 0, 0, 0]);
+    assert!(guest.submit(&[context_device(NIC)]));
+    let types = |guest: &Guest| {
+        let at = offset::FRCD + u64::from(guest.r32(offset::FSTS) >> 8) * 16;
+        let (t2, top) = (guest.r32(at + 8) >> 28 & 1, guest.r32(at + 12));
+        guest.faults();
+        (top >> 30 & 1, t2, top >> 28 & 3)
+    };
+    for access in [Access::READ, Access::WRITE] {
+        guest.backend.ask(PageRequest {
+            target: five,
+            group: 1,
+            last: true,
+            iova: Iova(0x1000),
+            access,
+            execute: false,
+            privileged: false,
+        });
+        assert_eq!(types(&guest), (0, 1, 0), "a page request");
+    }
+    assert!(!guest.backend.asks_translation(five, Iova(0x1000)));
+    assert_eq!(types(&guest), (1, 0, 1), "a translation request");
+    guest
+        .backend
+        .fault(fault(five, 0, Access::READ, FaultCause::Blocked));
+    assert_eq!(types(&guest), (1, 0, 0));
+    guest
+        .backend
+        .fault(fault(five, 0, Access::WRITE, FaultCause::Blocked));
+    assert_eq!(types(&guest), (0, 0, 0));
+}
+
+#[test]
+fn translation_requests_are_for_devices_that_the_guest_lets_have_a_device_tlb() {
+    let mut guest = bound();
+    let (plain, five) = (Target::rid(NIC), Target::pasid(NIC, Pasid(5)));
+    let asked = |guest: &Guest, target| {
+        let allowed = guest.backend.asks_translation(target, Iova(0x7000));
+        let faults = guest.faults();
+        assert!(!allowed || faults.is_empty());
+        (allowed, faults.first().map(|fault| fault.1))
+    };
+    for target in [plain, five] {
+        assert_eq!(asked(&guest, target), (true, None));
+    }
+    // What has no translation has that as its answer.
+    let absent = Target::pasid(NIC, Pasid(9));
+    assert_eq!(asked(&guest, absent), (true, None));
+    let is = |reason: R| (false, Some(reason.code()));
+    let directory = guest.page();
+    guest.set_pasid(directory, 0, pass_through(1));
+    let mut wrong = pass_through(1);
+    wrong.q0.set_pgtt(7);
+    guest.set_pasid(directory, 5, wrong);
+    guest.set_context(NIC, [directory | 0x1d, 0, 0, 0]);
+    assert_eq!(asked(&guest, plain), (true, None));
+    assert_eq!(asked(&guest, five), is(R::PasidEntryInvalid));
+    guest.set_context(NIC, [directory | 9, 0, 0, 0]);
+    assert_eq!(asked(&guest, plain), is(R::DeviceTlbDisabled));
+    guest.set_context(NIC, [directory | 9 | 2, 0, 0, 0]);
+    assert_eq!(asked(&guest, plain), (false, None), "FPD");
+    guest.set_context(NIC, [0; 4]);
+    assert_eq!(asked(&guest, plain), is(R::ScalableContextNotPresent));
+    guest.w32(offset::GCMD, 1 << 26);
+    assert_eq!(asked(&guest, plain), (false, None), "translation is off");
+
+    let mut guest = Guest::legacy(UnitConfig {
+        mode: super::super::Mode::Legacy,
+        ..UnitConfig::default()
+    });
+    let root = guest.page();
+    for (kind, expected) in [
+        (0, is(R::RequestBlocked)),
+        (1, is(R::ContextEntryInvalid)),
+        (2, is(R::RequestBlocked)),
+    ] {
+        guest.set_legacy_context(NIC, [root | kind << 2 | 1, 2]);
+        assert_eq!(asked(&guest, plain), expected, "TT {kind}");
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The queue: what each descriptor does, in which order, how much, and what stops it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -362,6 +363,36 @@ fn many_global_invalidations_in_one_run_scan_the_tables_once() {
     let many = [pasid_cache_global(); 100];
     assert!(guest.submit(&many));
     assert_eq!(guest.unit.state().back_end.tables_scanned - scanned, 1);
+}
+
+#[test]
+fn a_context_entry_that_changes_under_a_run_of_the_queue_costs_one_scan() {
+    let mut guest = Guest::scalable();
+    let directory = guest.context(NIC);
+    for pasid in 0..64 {
+        guest.set_pasid(
+            directory,
+            pasid,
+            first_stage(2, 0x5000 + u64::from(pasid) * 4096),
+        );
+    }
+    assert!(guest.submit(&[pasid_cache_global()]));
+    let before = guest.unit.state().back_end.tables_scanned;
+    // With whatever the unit does, another vCPU writes another RID_PASID.
+    let (ram, entry) = (Arc::clone(&guest.ram), guest.peek(ROOT) & !0xfff);
+    let entry = entry + u64::from(NIC.devfn()) * 32;
+    let written = AtomicU64::new(0);
+    guest.backend.probe(move || {
+        let next = written.fetch_add(1, Ordering::Relaxed) % 64;
+        ram.write_obj(next, GuestAddress(entry + 8)).unwrap();
+        0
+    });
+    guest.poke(entry + 8, &[63]);
+    let run = [context_device(NIC); 30];
+    assert!(guest.submit(&run));
+    assert!(guest.backend.seen().len() > run.len(), "it did change");
+    let scanned = guest.unit.state().back_end.tables_scanned - before;
+    assert_eq!(scanned, 1);
 }
 
 #[test]

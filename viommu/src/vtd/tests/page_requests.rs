@@ -142,6 +142,41 @@ fn a_full_queue_overflows_answers_the_device_and_works_again_when_cleared() {
 }
 
 #[test]
+fn a_group_whose_last_request_is_refused_leaves_nothing_on_the_book() {
+    let guest = bound();
+    let open = |guest: &Guest| {
+        let mut endpoints = guest.unit.state().endpoints.into_iter();
+        let nic = endpoints.find(|state| state.endpoint == NIC).unwrap();
+        nic.page_requests_waiting
+    };
+    guest.backend.ask(ask(FIVE, 3, false));
+    guest.backend.ask(ask(FIVE, 4, false));
+    guest.backend.ask(ask(FIVE, 5, false));
+    assert_eq!(open(&guest), 3);
+    // Not for the guest, because of what it is.
+    guest.backend.ask(PageRequest {
+        privileged: true,
+        ..ask(FIVE, 3, true)
+    });
+    assert_eq!(open(&guest), 2);
+    // No room: the head is where the queue does not reach.
+    guest.w64(offset::PQH, 0x7_0000);
+    guest.backend.ask(ask(FIVE, 4, true));
+    assert_eq!((guest.r32(offset::PRS), open(&guest)), (3, 1));
+    // Overflown before.
+    guest.backend.ask(ask(FIVE, 5, true));
+    assert_eq!(open(&guest), 0);
+    assert_eq!(
+        guest.backend.calls(),
+        [
+            answer(FIVE, 3, ResponseCode::Invalid),
+            answer(FIVE, 4, ResponseCode::Success),
+            answer(FIVE, 5, ResponseCode::Success),
+        ]
+    );
+}
+
+#[test]
 fn an_event_is_sent_once_until_it_is_serviced_and_pending_while_masked() {
     let guest = bound();
     guest.backend.ask(ask(FIVE, 1, true));

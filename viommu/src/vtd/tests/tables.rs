@@ -385,6 +385,33 @@ fn a_pasid_that_only_another_endpoint_has_room_for_is_no_fault_of_this_one() {
 }
 
 #[test]
+fn a_pasid_that_is_not_offered_is_refused_whatever_the_tables_say() {
+    let config = UnitConfig {
+        pasid_bits: Some(5),
+        ..UnitConfig::default()
+    };
+    let mut guest = Guest::scalable_with(config, CAPABLE);
+    let directory = guest.context(NIC);
+    for pasid in [31, 32, 33, 300] {
+        guest.bind(directory, pasid, pass_through(2));
+    }
+    assert!(guest.submit(&[pasid_cache_global()]));
+    let of = |guest: &Guest, pasid| guest.backend.translation(Target::pasid(NIC, Pasid(pasid)));
+    assert_eq!(of(&guest, 31), Translation::Identity);
+    for pasid in [32, 33, 300] {
+        assert_eq!(of(&guest, pasid), Translation::Blocked, "{pasid}");
+        let target = Target::pasid(NIC, Pasid(pasid));
+        assert_eq!(reason_of(&guest, target), R::PasidNotSupported.code());
+    }
+    assert_eq!(guest.faults(), []);
+    // A request without PASID never has one, whatever RID_PASID is.
+    guest.set_context(NIC, [directory | 0x1d, 33, 0, 0]);
+    assert!(guest.submit(&[context_device(NIC)]));
+    let plain = guest.backend.translation(Target::rid(NIC));
+    assert_eq!(plain, Translation::Identity);
+}
+
+#[test]
 fn fpd_at_any_level_keeps_qualified_faults_out_of_the_log() {
     let mut guest = Guest::scalable();
     let five = Target::pasid(NIC, Pasid(5));

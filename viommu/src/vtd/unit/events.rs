@@ -10,11 +10,11 @@ use crate::backend::{
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::registers::{Rtaddr, TranslationTableMode};
 use crate::vtd::capabilities::Offer;
-use crate::vtd::context::{self, Context};
-use crate::vtd::fault::{self, Recorded};
+use crate::vtd::context::{self, Context, Problem};
+use crate::vtd::fault::{self, Recorded, RequestKind};
 use crate::vtd::page_request::Queued;
 use crate::vtd::pasid;
-use crate::{Iova, Rid, Target};
+use crate::{GuestRam, Iova, Rid, Target};
 
 /// What back ends hold of a unit: nothing that keeps it alive.
 pub(super) struct Events(pub(super) Weak<Unit>);
@@ -24,6 +24,11 @@ impl EventSink for Events {
         if let Some(unit) = self.0.upgrade() {
             unit.fault(fault);
         }
+    }
+
+    fn translation_request(&self, target: Target, iova: Iova) -> bool {
+        let unit = self.0.upgrade();
+        unit.is_some_and(|unit| unit.translation_request(target, iova))
     }
 
     fn page_request(&self, request: PageRequest) {
@@ -62,11 +67,34 @@ impl EventSink for Unit {
         self.record(Recorded {
             target: fault.target,
             iova: fault.iova,
+            request: RequestKind::Untranslated,
             write: fault.access.write,
             execute: fault.execute,
             privileged: fault.privileged,
             reason,
         });
+    }
+
+    fn translation_request(&self, target: Target, iova: Iova) -> bool {
+        // With translation off nobody answers them.
+        let Some((offer, root)) = self.tables() else {
+            return false;
+        };
+        let Some((reason, fpd)) = translation_request_fault(&self.ram, offer, root, target) else {
+            return true;
+        };
+        if !(fpd && reason.is_qualified()) {
+            self.record(Recorded {
+                target,
+                iova,
+                request: RequestKind::Translation,
+                write: false,
+                execute: false,
+                privileged: false,
+                reason,
+            });
+        }
+        false
     }
 
     fn page_request(&self, request: PageRequest) {
@@ -78,6 +106,7 @@ impl EventSink for Unit {
             self.record(Recorded {
                 target,
                 iova: request.iova,
+                request: RequestKind::Page,
                 write: request.access.write,
                 execute: request.execute,
                 privileged: request.privileged,
@@ -99,6 +128,10 @@ impl EventSink for Unit {
                 .queue
                 .request(&self.ram, &request, Arc::clone(&backend))
         };
+        // Earlier requests of the group may be in the guest's queue: it is over for them too.
+        if queued != Queued::Yes && request.last {
+            pages.queue.book.abandon(target, request.group);
+        }
         drop(pages);
         self.send(message);
         if let Queued::No(code) = queued
@@ -124,6 +157,7 @@ impl Unit {
         let recorded = Recorded {
             target: Target::rid(rid),
             iova: Iova(0),
+            request: RequestKind::Untranslated,
             write: false,
             execute: false,
             privileged: false,
@@ -157,7 +191,7 @@ impl Unit {
         };
         match context::decode(&self.ram, offer, root, target.endpoint) {
             Err(problem) => Some((problem.reason, problem.fpd)),
-            Ok(Context::Legacy(_)) => Some((FaultReason::PageRequestInLegacyMode, false)),
+            Ok(Context::Legacy { .. }) => Some((FaultReason::PageRequestInLegacyMode, false)),
             Ok(Context::Scalable(context)) if !context.pre => {
                 Some((FaultReason::PageRequestDisabled, context.fpd))
             }
@@ -166,5 +200,34 @@ impl Unit {
                 .err()
                 .map(|problem| (problem.reason, problem.fpd)),
         }
+    }
+}
+
+/// Why a translation request of `target` is not answered with what is in force (table 30: with
+/// Unsupported Request or Completer Abort), and FPD.
+fn translation_request_fault(
+    ram: &GuestRam,
+    offer: &Offer,
+    root: Rtaddr,
+    target: Target,
+) -> Option<(FaultReason, bool)> {
+    match context::decode(ram, offer, root, target.endpoint) {
+        Err(problem) => return Some((problem.reason, problem.fpd)),
+        Ok(Context::Legacy { entry, device_tlb }) if !device_tlb => {
+            return Some((FaultReason::RequestBlocked, entry.fpd));
+        }
+        Ok(Context::Scalable(context)) if !context.dte => {
+            return Some((FaultReason::DeviceTlbDisabled, context.fpd));
+        }
+        Ok(Context::Legacy { .. } | Context::Scalable(_)) => {}
+    }
+    match pasid::lookup(ram, offer, root, target) {
+        // A PASID that is not there has no translations, which is an answer.
+        Err(Problem {
+            reason: FaultReason::PasidDirectoryNotPresent | FaultReason::PasidEntryNotPresent,
+            ..
+        })
+        | Ok(_) => None,
+        Err(problem) => Some((problem.reason, problem.fpd)),
     }
 }
