@@ -14,6 +14,8 @@ mod document;
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
+mod pages;
+#[cfg(test)]
 mod run;
 #[cfg(test)]
 mod sandbox;

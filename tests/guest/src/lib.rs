@@ -83,3 +83,34 @@ pub fn run(words: &[&str]) -> Result<()> {
         _ => bail!("usage: guest-test list | run MODULE::TEST; the lab starts this program"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Names of guest tests in backquotes, as `module::` and the beginning of a name.
+    #[test]
+    fn every_guest_test_that_a_page_names_is_there() {
+        let pages = [
+            include_str!("../../README.md"),
+            include_str!("../../../README.md"),
+        ];
+        let mut seen = 0;
+        for name in pages
+            .iter()
+            .flat_map(|page| page.split('`').skip(1).step_by(2))
+        {
+            let Some((module, test)) = name.split_once("::") else {
+                continue;
+            };
+            let Some((_, tests)) = ALL.iter().find(|(known, _)| *known == module) else {
+                continue;
+            };
+            let begins = test.split('…').next().unwrap_or("");
+            let found = tests.iter().any(|test| test.name.starts_with(begins));
+            assert!(found, "{name} is no guest test");
+            seen += 1;
+        }
+        assert!(seen > 20, "only {seen} were found");
+    }
+}
