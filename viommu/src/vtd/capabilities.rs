@@ -147,69 +147,88 @@ pub struct Extras {
     pub pasid_allocation: bool,
 }
 
-impl Offer {
-    /// What a unit offers with these back ends.
-    ///
-    /// # Errors
-    /// The user asked for something that is not there; the sentence names the option, what it
-    /// needs, what there is and the remedy.
-    pub fn compose(
-        config: &UnitConfig,
-        backends: impl IntoIterator<Item = Capabilities>,
-        extras: Extras,
-    ) -> Result<Self, Unsupported> {
-        let have = backends.into_iter().fold(IMPLEMENTED, Capabilities::and);
-        let asked = |option, asked: String, needs, have: String, remedy| Unsupported::Asked {
-            unit: config.id.clone(),
+/// What the user asks for, beside what there is.
+struct Wishes<'c> {
+    config: &'c UnitConfig,
+    have: Capabilities,
+}
+
+impl Wishes<'_> {
+    fn refused(
+        &self,
+        option: &'static str,
+        asked: impl ToString,
+        needs: &'static str,
+        have: impl ToString,
+        remedy: &'static str,
+    ) -> Unsupported {
+        Unsupported::Asked {
+            unit: self.config.id.clone(),
             option,
-            asked,
+            asked: asked.to_string(),
             needs,
-            have,
+            have: have.to_string(),
             remedy,
-        };
-        let scalable = config.mode == Mode::Scalable;
-        if scalable && !have.stage1 {
-            return Err(asked(
+        }
+    }
+
+    fn no_value(&self, option: &'static str, value: u8, choices: &'static str) -> Unsupported {
+        Unsupported::Value {
+            unit: self.config.id.clone(),
+            option,
+            value: value.to_string(),
+            choices,
+        }
+    }
+
+    /// Whether the unit has scalable mode.
+    fn scalable(&self) -> Result<bool, Unsupported> {
+        let scalable = self.config.mode == Mode::Scalable;
+        if scalable && !self.have.stage1 {
+            return Err(self.refused(
                 "mode",
-                "scalable".into(),
+                "scalable",
                 "first-stage tables",
-                "none".into(),
+                "none",
                 "use mode=legacy, or leave mode out",
             ));
         }
+        Ok(scalable)
+    }
 
-        let width = match config.address_width {
-            None => have.address_width.min(48),
-            Some(width @ (39 | 48 | 57)) if width <= have.address_width => width,
+    /// Bits of DMA address.
+    fn address_width(&self) -> Result<u8, Unsupported> {
+        let most = self.have.address_width;
+        let width = match self.config.address_width {
+            None => most.min(48),
+            Some(width @ (39 | 48 | 57)) if width <= most => width,
             Some(width @ (39 | 48 | 57)) => {
-                return Err(asked(
+                return Err(self.refused(
                     "address_width",
-                    width.to_string(),
+                    width,
                     "as many bits on every host IOMMU and device",
-                    format!("{} bits", have.address_width),
+                    format!("{most} bits"),
                     "leave address_width out to use what there is",
                 ));
             }
-            Some(width) => {
-                return Err(Unsupported::Value {
-                    unit: config.id.clone(),
-                    option: "address_width",
-                    value: width.to_string(),
-                    choices: "39, 48 and 57",
-                });
-            }
+            Some(width) => return Err(self.no_value("address_width", width, "39, 48 and 57")),
         };
-        if width > 48 && scalable && !have.stage1_57 {
-            return Err(asked(
+        if width > 48 && self.config.mode == Mode::Scalable && !self.have.stage1_57 {
+            return Err(self.refused(
                 "address_width",
-                width.to_string(),
+                width,
                 "5-level first-stage tables (FS5LP)",
-                "4 levels".into(),
+                "4 levels",
                 "use address_width=48",
             ));
         }
+        Ok(width)
+    }
 
-        // Second-stage widths: those that reach no further than the one that MGAW needs.
+    /// CAP.SAGAW: second-stage widths that reach no further than the one that MGAW needs.
+    fn second_stage_widths(&self, width: u8) -> Result<u8, Unsupported> {
+        let (config, have) = (self.config, &self.have);
+        let scalable = config.mode == Mode::Scalable;
         let deepest = match width {
             0..=39 => 0,
             40..=48 => 1,
@@ -219,9 +238,9 @@ impl Offer {
             .filter(|&i| have.stage2[i])
             .fold(0u8, |bits, i| bits | 2 << i);
         if !scalable && !have.stage2[deepest] {
-            return Err(asked(
+            return Err(self.refused(
                 "mode",
-                "legacy".into(),
+                "legacy",
                 "second-stage tables as deep as address_width",
                 format!("second-stage widths {:?}", widths(have.stage2)),
                 "use mode=scalable or a smaller address_width",
@@ -229,9 +248,9 @@ impl Offer {
         }
         if config.nested {
             if !scalable || !have.nested {
-                return Err(asked(
+                return Err(self.refused(
                     "nested",
-                    "on".into(),
+                    "on",
                     "mode=scalable and nesting on every back end",
                     format!(
                         "mode={} and {}",
@@ -244,39 +263,53 @@ impl Offer {
             // Linux takes the widths that both stages have, and first-stage tables have no 39.
             sagaw |= 2 << 1;
         }
+        Ok(if config.interrupts_only { 0 } else { sagaw })
+    }
 
-        if config.interrupts_only {
-            sagaw = 0;
-        }
-
-        let most = if scalable { have.pasid_bits.min(20) } else { 0 };
-        let pasid_bits = match config.pasid_bits {
-            None => most,
-            Some(bits) if bits <= most => bits,
-            Some(bits @ 0..=20) => {
-                return Err(asked(
-                    "pasid_bits",
-                    bits.to_string(),
-                    "mode=scalable and as many PASID bits on every host IOMMU",
-                    format!("{most} bits"),
-                    "leave pasid_bits out to use what there is",
-                ));
-            }
-            Some(bits) => {
-                return Err(Unsupported::Value {
-                    unit: config.id.clone(),
-                    option: "pasid_bits",
-                    value: bits.to_string(),
-                    choices: "0 to 20",
-                });
-            }
+    /// Bits of PASID; 0 without.
+    fn pasid_bits(&self) -> Result<u8, Unsupported> {
+        let most = match self.config.mode {
+            Mode::Scalable => self.have.pasid_bits.min(20),
+            Mode::Legacy => 0,
         };
+        match self.config.pasid_bits {
+            None => Ok(most),
+            Some(bits) if bits <= most => Ok(bits),
+            Some(bits @ 0..=20) => Err(self.refused(
+                "pasid_bits",
+                bits,
+                "mode=scalable and as many PASID bits on every host IOMMU",
+                format!("{most} bits"),
+                "leave pasid_bits out to use what there is",
+            )),
+            Some(bits) => Err(self.no_value("pasid_bits", bits, "0 to 20")),
+        }
+    }
+}
+
+impl Offer {
+    /// What a unit offers with these back ends.
+    ///
+    /// # Errors
+    /// The user asked for something that is not there; the sentence names the option, what it
+    /// needs, what there is and the remedy.
+    pub fn compose(
+        config: &UnitConfig,
+        backends: impl IntoIterator<Item = Capabilities>,
+        extras: Extras,
+    ) -> Result<Self, Unsupported> {
+        let have = backends.into_iter().fold(IMPLEMENTED, Capabilities::and);
+        let wishes = Wishes { config, have };
+        let scalable = wishes.scalable()?;
+        let width = wishes.address_width()?;
+        let sagaw = wishes.second_stage_widths(width)?;
+        let pasid_bits = wishes.pasid_bits()?;
         if config.interrupt_remapping && !extras.interrupt_remapping {
-            return Err(asked(
+            return Err(wishes.refused(
                 "interrupt_remapping",
-                "on".into(),
+                "on",
                 "a VMM that remaps interrupts",
-                "none".into(),
+                "none",
                 "use interrupt_remapping=off",
             ));
         }

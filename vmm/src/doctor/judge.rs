@@ -21,6 +21,7 @@ pub(super) fn modes(mut device: PciDevice, iommus: &[Iommu], host: &Host) -> Pci
     let iommu = iommus
         .iter()
         .find(|iommu| Some(&iommu.name) == device.iommu.as_ref());
+    let model = iommu.map(|iommu| &iommu.model);
     let passthrough = passthrough(&device, iommu, host);
     let with_iommufd = match (&passthrough.ok, &device.cdev) {
         (false, _) => passthrough.clone(),
@@ -39,70 +40,14 @@ pub(super) fn modes(mut device: PciDevice, iommus: &[Iommu], host: &Host) -> Pci
             with_iommufd.clone()
         }
     };
-    let scalable_off = host
-        .cmdline
-        .split_whitespace()
-        .filter_map(|word| word.strip_prefix("intel_iommu="))
-        .any(|value| value.split(',').any(|word| word == "sm_off"));
-    let nested = || match iommu.map(|iommu| &iommu.model) {
-        Some(Model::Vtd { nesting: true, .. }) if scalable_off => Finding::no(
-            "the IOMMU can nest, but scalable mode is switched off",
-            "remove sm_off from intel_iommu= on the kernel's command line",
-        ),
-        Some(Model::Vtd { nesting: true, .. }) => {
-            Finding::yes("the guest's own tables run in hardware")
+    let nested = || nested(model, &host.cmdline);
+    let if_nested = |more: fn(&PciDevice, Option<&Model>) -> Finding| {
+        let nested = nested();
+        if nested.ok {
+            more(&device, model)
+        } else {
+            nested
         }
-        Some(Model::Vtd {
-            scalable_mode: false,
-            ..
-        }) => Finding::never("this VT-d unit has no scalable mode (ECAP.SMTS)"),
-        Some(Model::Vtd { .. }) => {
-            Finding::never("this VT-d unit has no nested translation (ECAP.NEST)")
-        }
-        Some(Model::Amd { .. }) => {
-            Finding::never("guests' tables in VT-d's format do not run on AMD-Vi")
-        }
-        _ => Finding::never("this IOMMU has no nested translation"),
-    };
-    let pasid = || match (iommu.map(|iommu| &iommu.model), device.pasid_bits) {
-        (Some(Model::Vtd { pasid_bits: 0, .. }), _) => {
-            Finding::never("this VT-d unit has no PASIDs (ECAP.PASID)")
-        }
-        (Some(Model::Vtd { .. }), None) => Finding::no(
-            "its PASID capability cannot be read by this user",
-            "run nestling doctor as root",
-        ),
-        (Some(Model::Vtd { .. }), Some(0)) if device.virtual_function => {
-            Finding::yes("a virtual function: as many bits as its physical function has")
-        }
-        (Some(Model::Vtd { .. }), Some(0)) => Finding::never("the device has no PASID capability"),
-        (Some(Model::Vtd { pasid_bits, .. }), Some(bits)) => {
-            Finding::yes(format!("{} bits", bits.min(*pasid_bits)))
-        }
-        _ => Finding::never("PASIDs need a VT-d unit in scalable mode"),
-    };
-    let page_requests = || match (iommu.map(|iommu| &iommu.model), device.pri) {
-        (
-            Some(Model::Vtd {
-                page_requests: false,
-                ..
-            }),
-            _,
-        ) => Finding::never("this VT-d unit delivers no page requests (ECAP.PRS, PDS)"),
-        (Some(Model::Vtd { .. }), None) => Finding::no(
-            "its PRI capability cannot be read by this user",
-            "run nestling doctor as root",
-        ),
-        (Some(Model::Vtd { .. }), _) if device.virtual_function => {
-            Finding::never("virtual functions have no page requests of their own")
-        }
-        (Some(Model::Vtd { .. }), Some(true)) if device.ats == Some(true) => {
-            Finding::yes("delivered to the guest")
-        }
-        (Some(Model::Vtd { .. }), _) => {
-            Finding::never("the device has no PRI capability, or no ATS")
-        }
-        _ => Finding::never("page requests need a VT-d unit in scalable mode"),
     };
     // What nestling falls back to where the kernel lacks the way through iommufd.
     let itself = match passthrough.ok && !with_iommufd.ok {
@@ -134,23 +79,87 @@ pub(super) fn modes(mut device: PciDevice, iommus: &[Iommu], host: &Host) -> Pci
             }),
         ),
         ("nested", and(&nested)),
-        (
-            "pasid",
-            and(&|| {
-                let nested = nested();
-                if nested.ok { pasid() } else { nested }
-            }),
-        ),
-        (
-            "page-requests",
-            and(&|| {
-                let nested = nested();
-                if nested.ok { page_requests() } else { nested }
-            }),
-        ),
+        ("pasid", and(&|| if_nested(pasid))),
+        ("page-requests", and(&|| if_nested(page_requests))),
     ];
     device.modes = modes.into();
     device
+}
+
+/// Whether tables of a guest run in the hardware.
+fn nested(model: Option<&Model>, cmdline: &str) -> Finding {
+    let scalable_off = cmdline
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix("intel_iommu="))
+        .any(|value| value.split(',').any(|word| word == "sm_off"));
+    match model {
+        Some(Model::Vtd { nesting: true, .. }) if scalable_off => Finding::no(
+            "the IOMMU can nest, but scalable mode is switched off",
+            "remove sm_off from intel_iommu= on the kernel's command line",
+        ),
+        Some(Model::Vtd { nesting: true, .. }) => {
+            Finding::yes("the guest's own tables run in hardware")
+        }
+        Some(Model::Vtd {
+            scalable_mode: false,
+            ..
+        }) => Finding::never("this VT-d unit has no scalable mode (ECAP.SMTS)"),
+        Some(Model::Vtd { .. }) => {
+            Finding::never("this VT-d unit has no nested translation (ECAP.NEST)")
+        }
+        Some(Model::Amd { .. }) => {
+            Finding::never("guests' tables in VT-d's format do not run on AMD-Vi")
+        }
+        _ => Finding::never("this IOMMU has no nested translation"),
+    }
+}
+
+/// PASIDs, where guests' tables run in the hardware.
+fn pasid(device: &PciDevice, model: Option<&Model>) -> Finding {
+    match (model, device.pasid_bits) {
+        (Some(Model::Vtd { pasid_bits: 0, .. }), _) => {
+            Finding::never("this VT-d unit has no PASIDs (ECAP.PASID)")
+        }
+        (Some(Model::Vtd { .. }), None) => Finding::no(
+            "its PASID capability cannot be read by this user",
+            "run nestling doctor as root",
+        ),
+        (Some(Model::Vtd { .. }), Some(0)) if device.virtual_function => {
+            Finding::yes("a virtual function: as many bits as its physical function has")
+        }
+        (Some(Model::Vtd { .. }), Some(0)) => Finding::never("the device has no PASID capability"),
+        (Some(Model::Vtd { pasid_bits, .. }), Some(bits)) => {
+            Finding::yes(format!("{} bits", bits.min(*pasid_bits)))
+        }
+        _ => Finding::never("PASIDs need a VT-d unit in scalable mode"),
+    }
+}
+
+/// Page requests, in the same case.
+fn page_requests(device: &PciDevice, model: Option<&Model>) -> Finding {
+    match (model, device.pri) {
+        (
+            Some(Model::Vtd {
+                page_requests: false,
+                ..
+            }),
+            _,
+        ) => Finding::never("this VT-d unit delivers no page requests (ECAP.PRS, PDS)"),
+        (Some(Model::Vtd { .. }), None) => Finding::no(
+            "its PRI capability cannot be read by this user",
+            "run nestling doctor as root",
+        ),
+        (Some(Model::Vtd { .. }), _) if device.virtual_function => {
+            Finding::never("virtual functions have no page requests of their own")
+        }
+        (Some(Model::Vtd { .. }), Some(true)) if device.ats == Some(true) => {
+            Finding::yes("delivered to the guest")
+        }
+        (Some(Model::Vtd { .. }), _) => {
+            Finding::never("the device has no PRI capability, or no ATS")
+        }
+        _ => Finding::never("page requests need a VT-d unit in scalable mode"),
+    }
 }
 
 /// Whether the device can be given to a guest at all.
