@@ -60,10 +60,7 @@ fn read_only(lab: &Lab) -> Result<()> {
         guest.run("cat /sys/block/vda/ro")?.trim() == "1",
         "the guest is not told"
     );
-    let write = guest.try_run(
-        Duration::from_secs(20),
-        "dd if=/dev/zero of=/dev/vda count=1",
-    )?;
+    let write = guest.try_run(SLOW, "dd if=/dev/zero of=/dev/vda count=1")?;
     ensure!(write.status != 0, "a write to a read-only disk succeeded");
     guest.run_within(SLOW, "cat /dev/vda > /dev/null")?;
     guest.power_off()?;

@@ -104,7 +104,7 @@ fn remapped(lab: &Lab, kernel: &str, cpus: u32) -> Result<()> {
     ensure!(table.contains("IR-IO-APIC"), "no pin is in use:\n{table}");
 
     guest.run(&format!(
-        "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 5 {HOST}"
+        "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 60 {HOST}"
     ))?;
     let before = per_cpu(&mut guest, "virtio[01]-")?;
     guest.run(&mover("IR-.*virtio[01]-"))?;

@@ -319,9 +319,14 @@ fn blocked_disk(lab: &Lab) -> Result<()> {
     // The driver of the disk waits for an answer that cannot arrive, and the guest for the driver.
     let guest = with_disk(Guest::debian("6.1"), &image).start(lab)?;
     let deadline = Instant::now() + SLOW;
+    // A signal that comes before nestling is ready for it would end it; it is when its guest has a
+    // channel.
+    while !guest.channel().exists() {
+        ensure!(Instant::now() < deadline, "the guest has no channel");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     loop {
-        // A signal that comes before nestling is ready for it would end it.
-        std::thread::sleep(Duration::from_secs(5));
+        std::thread::sleep(Duration::from_secs(1));
         let units = guest.viommus().unwrap_or_default();
         let unit = &units[0];
         if unit["faults"]["reported"].as_u64() > Some(0) {

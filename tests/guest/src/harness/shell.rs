@@ -36,7 +36,7 @@ pub fn open(kernel: &str) -> Result<()> {
         .stdin(Stdio::null())
         .process_group(0)
         .spawn()?;
-    Client::connect(&socket(), Duration::from_secs(150), || {
+    Client::connect(&socket(), Duration::from_secs(600), || {
         matches!(child.try_wait(), Ok(None))
     })?;
     println!("the guest's console goes to {}", console.display());
@@ -48,7 +48,7 @@ pub fn open(kernel: &str) -> Result<()> {
 /// # Errors
 /// It does not answer or the command failed.
 pub fn run(command: &str) -> Result<()> {
-    let mut client = Client::connect(&socket(), Duration::from_secs(10), || true)?;
+    let mut client = Client::connect(&socket(), Duration::from_secs(60), || true)?;
     let output = client.run(command, LIMIT)?;
     print!("{}", output.stdout);
     eprint!("{}", output.stderr);
@@ -63,7 +63,7 @@ pub fn run(command: &str) -> Result<()> {
 /// # Errors
 /// It does not answer.
 pub fn close() -> Result<()> {
-    let mut client = Client::connect(&socket(), Duration::from_secs(10), || true)?;
+    let mut client = Client::connect(&socket(), Duration::from_secs(60), || true)?;
     client.start("poweroff -f", LIMIT)?;
     Ok(())
 }
