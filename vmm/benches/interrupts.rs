@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use devices::interrupt::MsiVector;
+use devices::interrupt::{MsiSource, MsiVector};
 use devices::pci::Space;
 use viommu::Rid;
 use viommu::interrupt::Msi;
@@ -101,6 +101,17 @@ fn median(mut times: Vec<Duration>) -> f64 {
     times[times.len() / 2].as_nanos() as f64
 }
 
+/// Vectors of `source` with a route each, by remapping table entries from 0 on.
+fn routed(source: &dyn MsiSource, routes: u32) -> Vec<Arc<dyn MsiVector>> {
+    let vector = |data| {
+        let vector = source.vector().unwrap();
+        let address = 0xfee0_0010;
+        vector.route(Some(Msi { address, data })).unwrap();
+        vector
+    };
+    (0..routes).map(vector).collect()
+}
+
 /// The time of one invalidation of entry 0, in ns: with a change, and without.
 fn invalidation(
     controller: Arc<dyn Controller>,
@@ -110,14 +121,7 @@ fn invalidation(
     let interrupts = Interrupts::new(controller);
     let table = Arc::new(Table(AtomicU32::new(0x30)));
     let source = interrupts.source(RID, Some(table.clone()));
-    let vectors: Vec<Arc<dyn MsiVector>> = (0..routes)
-        .map(|data| {
-            let vector = source.vector().unwrap();
-            let address = 0xfee0_0010;
-            vector.route(Some(Msi { address, data })).unwrap();
-            vector
-        })
-        .collect();
+    let vectors = routed(&*source, routes);
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..rounds {
         for (changes, times) in [true, false].into_iter().zip(&mut times) {
@@ -162,14 +166,7 @@ fn together(controller: Arc<dyn Controller>, routes: u32) -> [f64; 2] {
     let interrupts = Interrupts::new(controller);
     let moving = Arc::new(Moving(AtomicU32::new(0x30)));
     let source = interrupts.source(RID, Some(moving.clone()));
-    let vectors: Vec<Arc<dyn MsiVector>> = (0..routes)
-        .map(|data| {
-            let vector = source.vector().unwrap();
-            let address = 0xfee0_0010;
-            vector.route(Some(Msi { address, data })).unwrap();
-            vector
-        })
-        .collect();
+    let vectors = routed(&*source, routes);
     let entries: Vec<_> = (0..ENTRIES).map(|entry| entry * 2..=entry * 2).collect();
     let mut times = [Vec::new(), Vec::new()];
     for round in 0..ROUNDS as u32 {

@@ -14,10 +14,12 @@ use super::support::NESTLING;
 const OTHERS: &[&str] = &[
     "--fail-with-body", // curl
     "--unix-socket",
-    "--bench", // cargo
+    "--all-targets", // cargo
+    "--bench",
     "--open",
     "--package",
     "--release",
+    "--workspace",
     "--getsize", // blockdev
     "--emulate", // cargo lab
     "--no-guests",
