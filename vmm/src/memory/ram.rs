@@ -10,7 +10,7 @@ use std::sync::Arc;
 use viommu::GuestRam;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-use super::layout::Layout;
+use super::layout::{Layout, Range};
 use crate::config::{MemoryConfig, Size};
 
 const HUGE_PAGE: u64 = 2 << 20;
@@ -75,7 +75,10 @@ pub fn allocate(config: &MemoryConfig, layout: &Layout) -> Result<GuestRam, RamE
     let file = match config.shared {
         true => {
             let file = memfd(config.hugepages).map_err(host("memfd_create"))?;
-            file.set_len(size.0).map_err(host("ftruncate"))?;
+            let length = offsets(layout)
+                .last()
+                .map_or(0, |(offset, range)| offset + range.len());
+            file.set_len(length).map_err(host("ftruncate"))?;
             Some(Arc::new(file))
         }
         false => None,
@@ -90,16 +93,12 @@ pub fn allocate(config: &MemoryConfig, layout: &Layout) -> Result<GuestRam, RamE
         (true, false) => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
         (false, _) => libc::MAP_NORESERVE,
     };
-    let mut offset = 0;
     let mut regions = Vec::with_capacity(layout.ram.len());
-    for range in &layout.ram {
-        let at = file.clone().map(|file| FileOffset::from_arc(file, offset));
-        let mapping = MmapRegion::build(
-            at,
-            range.len() as usize,
-            libc::PROT_READ | libc::PROT_WRITE,
-            flags,
-        )
+    for (offset, range) in offsets(layout) {
+        let mapping = aligned(range.len() as usize, range.first, |length| {
+            let at = file.clone().map(|file| FileOffset::from_arc(file, offset));
+            MmapRegion::build(at, length, libc::PROT_READ | libc::PROT_WRITE, flags)
+        })
         .map_err(|why| host("mmap")(io::Error::other(why)))?;
         if !config.hugepages {
             advise_huge_pages(&mapping);
@@ -108,11 +107,49 @@ pub fn allocate(config: &MemoryConfig, layout: &Layout) -> Result<GuestRam, RamE
         regions.push(region.ok_or_else(|| {
             host("mmap")(io::Error::other("the region ends beyond the address space"))
         })?);
-        offset += range.len();
     }
     let ram = GuestMemoryMmap::from_regions(regions)
         .map_err(|why| host("mmap")(io::Error::other(why)))?;
     Ok(Arc::new(ram))
+}
+
+/// Where the file has each region: one after the other, and at the place within a huge page that the
+/// guest has it at.
+fn offsets(layout: &Layout) -> impl Iterator<Item = (u64, &Range)> {
+    layout.ram.iter().scan(0u64, |next, range| {
+        let offset = *next + range.first.wrapping_sub(*next) % HUGE_PAGE;
+        *next = offset + range.len();
+        Some((offset, range))
+    })
+}
+
+/// Maps so that host and guest addresses are the same within a huge page, where the kernel lets it:
+/// otherwise neither the CPU nor an IOMMU can have huge pages there, and the kernel does not mind by
+/// itself where it maps a file.
+fn aligned<E>(
+    length: usize,
+    guest: u64,
+    map: impl Fn(usize) -> Result<MmapRegion, E>,
+) -> Result<MmapRegion, E> {
+    const TRIES: usize = 8;
+    let off = |end: usize| end.wrapping_sub(guest as usize) % HUGE_PAGE as usize;
+    let mut fillers = Vec::new();
+    loop {
+        let mapping = map(length)?;
+        let at = mapping.as_ptr() as usize;
+        if off(at) == 0 || fillers.len() == TRIES {
+            return Ok(mapping);
+        }
+        // The kernel maps downwards from the top of the highest place that is large enough. What
+        // fills it from there to so much below sends the next mapping to where it should end.
+        drop(mapping);
+        let fills = length + off(at.wrapping_sub(length));
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        match MmapRegion::<()>::build(None, fills, libc::PROT_NONE, flags) {
+            Ok(filler) => fillers.push(filler),
+            Err(_) => return map(length),
+        }
+    }
 }
 
 fn memfd(huge: bool) -> io::Result<File> {
@@ -220,6 +257,21 @@ mod tests {
             .map(|region| region.file_offset().unwrap().start())
             .collect();
         assert_eq!(offsets, [0, 32 << 20]);
+    }
+
+    #[test]
+    fn host_and_guest_addresses_are_the_same_within_a_huge_page() {
+        for shared in [true, false] {
+            let config = MemoryConfig {
+                shared,
+                ..Default::default()
+            };
+            let ram = allocate(&config, &two_regions()).unwrap();
+            for region in ram.iter() {
+                let host = ram.get_host_address(region.start_addr()).unwrap() as u64;
+                assert_eq!(host % HUGE_PAGE, region.start_addr().0 % HUGE_PAGE);
+            }
+        }
     }
 
     #[test]

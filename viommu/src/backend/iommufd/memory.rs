@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -155,64 +154,4 @@ impl Memory {
     pub(super) fn reserved(&self) -> RwLockReadGuard<'_, Regions> {
         self.reserved.read().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// How much one thread populates at a time.
-const CHUNK: usize = 64 << 20;
-
-/// Faults all of `ram` in, on `threads` threads, so that mapping it finds its pages there: clearing
-/// pages is most of the work of a first map, and only this part can be divided.
-///
-/// Contents are not touched, so it can run while a kernel is being loaded into `ram`.
-///
-/// # Errors
-/// `ENOMEM` when the host has no such memory; `EINVAL` before Linux 5.14, where mapping does it.
-pub fn prefault(ram: &GuestRam, threads: usize) -> io::Result<()> {
-    let mut chunks = Vec::new();
-    for region in ram.iter() {
-        let start = region
-            .get_host_address(MemoryRegionAddress(0))
-            .map_err(io::Error::other)? as usize;
-        let length = region.len() as usize;
-        chunks.extend(
-            (0..length)
-                .step_by(CHUNK)
-                .map(|offset| (start + offset, CHUNK.min(length - offset))),
-        );
-    }
-    let next = AtomicUsize::new(0);
-    let work = || -> io::Result<()> {
-        while let Some(&(address, length)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            // SAFETY: the range lies in a mapping that `ram` keeps alive, and populating changes
-            // no contents.
-            let result = unsafe {
-                libc::madvise(
-                    address as *mut libc::c_void,
-                    length,
-                    libc::MADV_POPULATE_WRITE,
-                )
-            };
-            if result < 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        Ok(())
-    };
-    std::thread::scope(|scope| {
-        let helpers = (1..threads.min(chunks.len()))
-            .map(|_| {
-                scope.spawn(|| {
-                    crate::thread::begin("prefault");
-                    work()
-                })
-            })
-            .collect::<Vec<_>>();
-        let mine = work();
-        helpers.into_iter().fold(mine, |result, helper| {
-            let its = helper
-                .join()
-                .unwrap_or_else(|_| Err(io::Error::other("a prefault thread panicked")));
-            result.and(its)
-        })
-    })
 }

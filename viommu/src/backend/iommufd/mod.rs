@@ -54,6 +54,7 @@ mod memory;
 mod nested;
 pub mod object;
 mod parent;
+mod prefault;
 mod shadow;
 mod space;
 
@@ -69,4 +70,4 @@ mod virtio_tests;
 pub use admission::Unfit;
 pub use attach::AttachDevice;
 pub use host::{Device, HostIommu, MAX_MAPPINGS, MAX_PASIDS};
-pub use memory::prefault;
+pub use prefault::prefault;

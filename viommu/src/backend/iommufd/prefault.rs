@@ -1,0 +1,150 @@
+//! Guest RAM made ready before it is mapped for DMA: its pages are there, and huge where they can be.
+//!
+//! A first map of memory spends its time on getting pages, one by one and on one thread. That part can
+//! be divided among threads. And huge pages are several times cheaper to get, to pin and to map, but
+//! the files that guest memory is made of have them only if the host's administrator said so for all
+//! such files (`shmem_enabled`); asked for each range, the kernel gives them all the same.
+
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::GuestRam;
+
+/// How much one thread does at a time: little enough that the last one at work is not long alone, and
+/// enough that what the kernel does once for each call (it empties each CPU's lists) is no matter.
+const CHUNK: usize = 8 << 20;
+const HUGE_PAGE: usize = 2 << 20;
+const PAGE: usize = 4 << 10;
+
+/// Faults all of `ram` in, on `threads` threads, as huge pages where host and guest addresses allow
+/// them and the host has them, so that mapping it finds its pages there.
+///
+/// Contents stay what they are, so it can run while a kernel is being loaded into `ram`.
+///
+/// # Errors
+/// `ENOMEM` when the host has no such memory; `EINVAL` before Linux 5.14, where mapping does it.
+pub fn prefault(ram: &GuestRam, threads: usize) -> io::Result<()> {
+    let mut chunks = Vec::new();
+    for region in ram.iter() {
+        let start = region
+            .get_host_address(MemoryRegionAddress(0))
+            .map_err(io::Error::other)? as usize;
+        chunks.extend(divide(start, region.len() as usize));
+    }
+    let next = AtomicUsize::new(0);
+    let work = || -> io::Result<()> {
+        while let Some(&chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            collapse(chunk)?;
+            advise(chunk, libc::MADV_POPULATE_WRITE)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let helpers = (1..threads.min(chunks.len()))
+            .map(|_| {
+                scope.spawn(|| {
+                    crate::thread::begin("prefault");
+                    work()
+                })
+            })
+            .collect::<Vec<_>>();
+        let mine = work();
+        helpers.into_iter().fold(mine, |result, helper| {
+            let its = helper
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a prefault thread panicked")));
+            result.and(its)
+        })
+    })
+}
+
+/// Part of a mapping of guest RAM: its host address and length.
+type Range = (usize, usize);
+
+/// The pieces of `length` bytes at `start`, which end where huge pages do.
+fn divide(start: usize, length: usize) -> impl Iterator<Item = Range> {
+    let end = start + length;
+    let mut next = start;
+    std::iter::from_fn(move || {
+        let at = next;
+        next = ((at / CHUNK + 1) * CHUNK).min(end);
+        (at < end).then(|| (at, next - at))
+    })
+}
+
+/// Has huge pages in all of a range, as far as it can have them.
+///
+/// # Errors
+/// There is no memory, or the kernel cannot populate.
+fn collapse((start, length): Range) -> io::Result<()> {
+    // The kernel puts a huge page where there is at least one small one already.
+    let end = start + length;
+    let mut at = start.next_multiple_of(HUGE_PAGE);
+    while at + HUGE_PAGE <= end {
+        advise((at, PAGE), libc::MADV_POPULATE_WRITE)?;
+        at += HUGE_PAGE;
+    }
+    // It does not where memory is of another kind or lies unevenly, where somebody uses a page, where
+    // it has not enough in a row, and before Linux 6.1. Small pages do.
+    let _ = advise((start, length), libc::MADV_COLLAPSE);
+    Ok(())
+}
+
+fn advise((start, length): Range, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: ranges are parts of mappings that the caller of `prefault` keeps alive, and neither
+    // advice that is given here changes their contents.
+    match unsafe { libc::madvise(start as *mut libc::c_void, length, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_pieces_are_the_whole_and_no_huge_page_is_in_two(
+            start in 1usize..1 << 20,
+            pages in 0usize..1 << 16,
+        ) {
+            let start = start * PAGE;
+            let mut next = start;
+            for (at, length) in divide(start, pages * PAGE) {
+                prop_assert_eq!(at, next);
+                prop_assert!(at == start || at.is_multiple_of(HUGE_PAGE));
+                prop_assert!(0 < length && length <= CHUNK);
+                next = at + length;
+            }
+            prop_assert_eq!(next, start + pages * PAGE);
+        }
+    }
+
+    #[test]
+    fn contents_stay_and_every_page_is_there() {
+        let length = 5 * HUGE_PAGE + 3 * PAGE;
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), length)]).unwrap();
+        let ram: GuestRam = Arc::new(ram);
+        for at in [0, 3 * HUGE_PAGE + 123, length - 1] {
+            ram.write_obj(7u8, GuestAddress(at as u64)).unwrap();
+        }
+        prefault(&ram, 3).unwrap();
+        for at in [0, 3 * HUGE_PAGE + 123, length - 1] {
+            assert_eq!(ram.read_obj::<u8>(GuestAddress(at as u64)).unwrap(), 7);
+        }
+        let mut there = vec![0u8; length / PAGE];
+        let address = ram.get_host_address(GuestAddress(0)).unwrap();
+        // SAFETY: the range is one mapping, and the vector has a byte for each of its pages.
+        let done = unsafe { libc::mincore(address.cast(), length, there.as_mut_ptr()) };
+        assert_eq!(done, 0);
+        assert!(there.iter().all(|page| page & 1 == 1));
+    }
+}
