@@ -1,5 +1,7 @@
 //! What it takes to have guest RAM ready for DMA, per GiB: faulted in by [`prefault`] and then
 //! pinned and mapped in one call, against that call alone, which faults page by page on one thread.
+//! What two threads can gain at most on this machine is beside it: memory written to by two threads,
+//! with nothing of ours, and the same call then.
 //! In the same run, interleaved; printed as ratios, since the absolute figures are this machine's.
 //!
 //! Where the kernel's iommufd has its mock devices (`CONFIG_IOMMUFD_TEST`, the lab's host:
@@ -13,13 +15,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use viommu::GuestRam;
 use viommu::backend::Access;
 use viommu::backend::iommufd::kernel::{Kernel, Linux};
 use viommu::backend::iommufd::prefault;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 
 const LENGTH: usize = 256 << 20;
 const ROUNDS: usize = 9;
@@ -27,6 +32,8 @@ const ROUNDS: usize = 9;
 #[derive(Clone, Copy)]
 enum Pages {
     Memfd,
+    /// As guest memory is: of ordinary pages, unless huge ones are asked for.
+    GuestMemfd,
     HugeMemfd,
     Anonymous,
     HugeAnonymous,
@@ -34,12 +41,13 @@ enum Pages {
 
 /// Guest RAM that nobody has touched; `None` when the host has no such pages to give.
 fn ram(pages: Pages) -> Option<GuestRam> {
-    let file = match pages {
-        Pages::Memfd | Pages::HugeMemfd => {
-            let huge = match pages {
-                Pages::HugeMemfd => libc::MFD_HUGETLB,
-                _ => 0,
-            };
+    const HUGE_PAGE: usize = 2 << 20;
+    let huge = match pages {
+        Pages::HugeMemfd => libc::MFD_HUGETLB,
+        _ => 0,
+    };
+    let ram = match pages {
+        Pages::Memfd | Pages::GuestMemfd | Pages::HugeMemfd => {
             // SAFETY: the name is a C string that lives through the call.
             let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | huge) };
             if fd < 0 {
@@ -47,22 +55,32 @@ fn ram(pages: Pages) -> Option<GuestRam> {
             }
             // SAFETY: the call made this descriptor for us alone.
             let file = unsafe { File::from_raw_fd(fd) };
-            file.set_len(LENGTH as u64).ok()?;
-            Some(FileOffset::new(file, 0))
+            file.set_len((LENGTH + HUGE_PAGE) as u64).ok()?;
+            // Huge pages want the same place within one in the file and in memory. The second
+            // mapping comes where the first one was.
+            let first = mapping(Some(FileOffset::new(file.try_clone().ok()?, 0)))?;
+            let at = first.get_host_address(GuestAddress(0)).ok()? as usize;
+            drop(first);
+            mapping(Some(FileOffset::new(file, (at % HUGE_PAGE) as u64)))?
         }
-        Pages::Anonymous | Pages::HugeAnonymous => None,
+        Pages::Anonymous | Pages::HugeAnonymous => mapping(None)?,
     };
-    let place = GuestAddress(0);
-    let ram = GuestMemoryMmap::from_ranges_with_files([(place, LENGTH, file)]).ok()?;
     let advice = match pages {
-        Pages::HugeAnonymous | Pages::HugeMemfd => libc::MADV_HUGEPAGE,
+        Pages::HugeAnonymous | Pages::HugeMemfd | Pages::GuestMemfd => libc::MADV_HUGEPAGE,
         Pages::Memfd | Pages::Anonymous => libc::MADV_NOHUGEPAGE,
     };
-    let address = ram.get_host_address(place).ok()?;
+    let address = ram.get_host_address(GuestAddress(0)).ok()?;
     // SAFETY: the range is one mapping that `ram` keeps alive; the advice changes no contents.
     // Memory that is huge by its file needs none, and takes none.
     unsafe { libc::madvise(address.cast(), LENGTH, advice) };
-    Some(Arc::new(ram))
+    Some(ram)
+}
+
+fn mapping(file: Option<FileOffset>) -> Option<GuestRam> {
+    let ranges = [(GuestAddress(0), LENGTH, file)];
+    GuestMemoryMmap::from_ranges_with_files(ranges)
+        .ok()
+        .map(Arc::new)
 }
 
 /// What pins memory, made ready before the clock runs.
@@ -102,8 +120,8 @@ impl Pinning {
         match self {
             Self::Iommufd(kernel, ioas) => match region.file_offset() {
                 Some(file) => {
-                    let file = file.file().as_fd();
-                    kernel.map_file(*ioas, file, 0, LENGTH as u64, 0, Access::READ_WRITE)
+                    let (fd, from) = (file.file().as_fd(), file.start());
+                    kernel.map_file(*ioas, fd, from, LENGTH as u64, 0, Access::READ_WRITE)
                 }
                 None => {
                     let at = address as u64;
@@ -157,18 +175,52 @@ fn mock() -> Option<(Linux, u32)> {
     (done == 0).then_some((kernel, ioas))
 }
 
-/// Faults in ahead on so many threads, if any, then pins: the time of both.
-fn set_up(pages: Pages, threads: Option<usize>) -> Option<Duration> {
+/// What is done before the memory is pinned.
+#[derive(Clone, Copy)]
+enum Ahead {
+    Nothing,
+    /// A byte of each page is written, by two threads.
+    TouchedByTwo,
+    /// [`prefault`] on so many threads.
+    Prefault(usize),
+}
+
+/// The time of both.
+fn set_up(pages: Pages, ahead: Ahead) -> Option<Duration> {
     let ram = ram(pages)?;
     let pinning = Pinning::prepare().unwrap();
     let start = Instant::now();
-    if let Some(threads) = threads {
-        prefault(&ram, threads).ok()?;
+    match ahead {
+        Ahead::Nothing => {}
+        Ahead::TouchedByTwo => touch(&ram),
+        Ahead::Prefault(threads) => prefault(&ram, threads).ok()?,
     }
     let pinned = pinning.pin(&ram);
     let time = start.elapsed();
     pinned.ok()?;
     Some(time)
+}
+
+/// Small pieces for whoever is free, so that one slow thread is not waited for.
+fn touch(ram: &GuestRam) {
+    const PIECE: usize = 2 << 20;
+    const PAGE: usize = 4 << 10;
+    let next = AtomicUsize::new(0);
+    let work = || {
+        loop {
+            let at = next.fetch_add(PIECE, Ordering::Relaxed);
+            if at >= LENGTH {
+                return;
+            }
+            for page in (at..at + PIECE).step_by(PAGE) {
+                ram.write_obj(0u8, GuestAddress(page as u64)).unwrap();
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(work);
+        work();
+    });
 }
 
 fn main() {
@@ -178,29 +230,34 @@ fn main() {
     };
     println!("stage-2 set-up of {} MiB by {how}:", LENGTH >> 20);
     let contenders = [
-        ("raw", None),
-        ("faulted in ahead, 1 thread", Some(1)),
-        ("faulted in ahead, 2 threads", Some(2)),
+        ("raw", Ahead::Nothing),
+        (
+            "written to by 2 threads, nothing of ours",
+            Ahead::TouchedByTwo,
+        ),
+        ("faulted in ahead, 1 thread", Ahead::Prefault(1)),
+        ("faulted in ahead, 2 threads", Ahead::Prefault(2)),
     ];
     let kinds = [
+        ("a memfd as guest memory is", Pages::GuestMemfd),
         ("4 KiB pages of a memfd", Pages::Memfd),
         ("4 KiB pages", Pages::Anonymous),
         ("transparent huge pages", Pages::HugeAnonymous),
         ("huge pages of a memfd", Pages::HugeMemfd),
     ];
     for (kind, pages) in kinds {
-        if set_up(pages, None).is_none() {
+        if set_up(pages, Ahead::Nothing).is_none() {
             println!("{kind}: not to be had here");
             continue;
         }
         // The least of many samples is what others on this machine disturbed least. Who goes first
         // finds more huge pages, so each does in turn.
-        let mut best = [Duration::MAX; 3];
+        let mut best = [Duration::MAX; 4];
         for round in 0..ROUNDS {
             for turn in 0..contenders.len() {
                 let n = (turn + round) % contenders.len();
-                let (_, threads) = contenders[n];
-                best[n] = best[n].min(set_up(pages, threads).unwrap());
+                let (_, ahead) = contenders[n];
+                best[n] = best[n].min(set_up(pages, ahead).unwrap());
             }
         }
         for ((name, _), time) in contenders.iter().zip(best) {

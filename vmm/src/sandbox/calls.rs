@@ -17,15 +17,15 @@ use libc::{
     SYS_getdents64, SYS_getegid, SYS_geteuid, SYS_getgid, SYS_getpeername, SYS_getpid,
     SYS_getrandom, SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_gettimeofday, SYS_getuid,
     SYS_ioctl, SYS_landlock_add_rule, SYS_landlock_create_ruleset, SYS_landlock_restrict_self,
-    SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_memfd_create, SYS_mmap, SYS_mprotect,
-    SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_open, SYS_openat, SYS_pipe2,
-    SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev, SYS_read,
-    SYS_readlink, SYS_readlinkat, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall,
-    SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity,
-    SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setsockopt,
-    SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_stat, SYS_statfs, SYS_statx, SYS_sysinfo,
-    SYS_tgkill, SYS_time, SYS_timerfd_create, SYS_timerfd_settime, SYS_uname, SYS_unlink,
-    SYS_unlinkat, SYS_write, SYS_writev,
+    SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_memfd_create, SYS_mincore, SYS_mmap,
+    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_open, SYS_openat,
+    SYS_pipe2, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev,
+    SYS_read, SYS_readlink, SYS_readlinkat, SYS_readv, SYS_recvfrom, SYS_recvmsg,
+    SYS_restart_syscall, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn,
+    SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto,
+    SYS_set_robust_list, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_stat,
+    SYS_statfs, SYS_statx, SYS_sysinfo, SYS_tgkill, SYS_time, SYS_timerfd_create,
+    SYS_timerfd_settime, SYS_uname, SYS_unlink, SYS_unlinkat, SYS_write, SYS_writev,
 };
 
 use super::Role;
@@ -203,7 +203,8 @@ pub(super) fn of(role: Role) -> Calls {
             waits(&mut calls);
             interrupts(&mut calls);
         }
-        Role::Prefault => {}
+        // Whether memory is there.
+        Role::Prefault => calls.always(&[SYS_mincore]),
         Role::Api => {
             waits(&mut calls);
             calls.always(&[

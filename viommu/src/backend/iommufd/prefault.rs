@@ -12,32 +12,53 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::GuestRam;
 
-/// How much one thread does at a time: little enough that the last one at work is not long alone, and
-/// enough that what the kernel does once for each call (it empties each CPU's lists) is no matter.
-const CHUNK: usize = 8 << 20;
+/// How much one thread makes huge at a time, at most: enough that what the kernel does once for each
+/// call (it has every CPU empty its lists of pages, and waits for them) is no matter.
+const MOST: usize = 64 << 20;
+/// And at least.
+const LEAST: usize = 8 << 20;
+/// Pieces for each thread, so that the last one at work is not long alone.
+const PIECES: usize = 8;
 const HUGE_PAGE: usize = 2 << 20;
 const PAGE: usize = 4 << 10;
 
 /// Faults all of `ram` in, on `threads` threads, as huge pages where host and guest addresses allow
-/// them and the host has them, so that mapping it finds its pages there.
+/// them and the host has them, so that mapping it finds its pages there. One thread leaves small
+/// pages to the mapping.
 ///
 /// Contents stay what they are, so it can run while a kernel is being loaded into `ram`.
 ///
 /// # Errors
 /// `ENOMEM` when the host has no such memory; `EINVAL` before Linux 5.14, where mapping does it.
 pub fn prefault(ram: &GuestRam, threads: usize) -> io::Result<()> {
+    let total = ram
+        .iter()
+        .map(|region| region.len() as usize)
+        .sum::<usize>();
+    let much = (total / threads.max(1) / PIECES)
+        .clamp(LEAST, MOST)
+        .next_multiple_of(HUGE_PAGE);
     let mut chunks = Vec::new();
     for region in ram.iter() {
         let start = region
             .get_host_address(MemoryRegionAddress(0))
             .map_err(io::Error::other)? as usize;
-        chunks.extend(divide(start, region.len() as usize));
+        let end = start + region.len() as usize;
+        if collapses(start, end)? {
+            chunks.extend(divide(start, end, much).map(|range| (range, true)));
+        } else if threads > 1 {
+            // On one thread mapping does it as well, and looks at each page once.
+            chunks.extend(divide(start, end, HUGE_PAGE).map(|range| (range, false)));
+        }
     }
     let next = AtomicUsize::new(0);
     let work = || -> io::Result<()> {
-        while let Some(&chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            collapse(chunk)?;
-            advise(chunk, libc::MADV_POPULATE_WRITE)?;
+        while let Some(&(range, huge)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if huge && touch(range)? {
+                // Where the host has not enough in a row, small pages do.
+                let _ = advise(range, libc::MADV_COLLAPSE);
+            }
+            advise(range, libc::MADV_POPULATE_WRITE)?;
         }
         Ok(())
     };
@@ -63,33 +84,48 @@ pub fn prefault(ram: &GuestRam, threads: usize) -> io::Result<()> {
 /// Part of a mapping of guest RAM: its host address and length.
 type Range = (usize, usize);
 
-/// The pieces of `length` bytes at `start`, which end where huge pages do.
-fn divide(start: usize, length: usize) -> impl Iterator<Item = Range> {
-    let end = start + length;
+/// The pieces from `start` to `end`, of `most` bytes (whole huge pages), which end where huge pages do.
+fn divide(start: usize, end: usize, most: usize) -> impl Iterator<Item = Range> {
     let mut next = start;
     std::iter::from_fn(move || {
         let at = next;
-        next = ((at / CHUNK + 1) * CHUNK).min(end);
+        next = (at - at % HUGE_PAGE).saturating_add(most).min(end);
         (at < end).then(|| (at, next - at))
     })
 }
 
-/// Has huge pages in all of a range, as far as it can have them.
+/// Whether the kernel makes pages from `start` to `end` huge when it is told to, and does not do so by
+/// itself. Tried at the end, since a guest begins to be loaded elsewhere. Memory of another kind or
+/// that lies unevenly has none, and so has all before Linux 6.1.
+///
+/// # Errors
+/// See [`touch`].
+fn collapses(start: usize, end: usize) -> io::Result<bool> {
+    let last = (end - end % HUGE_PAGE).saturating_sub(HUGE_PAGE);
+    let range = (last, HUGE_PAGE);
+    Ok(last >= start && touch(range)? && advise(range, libc::MADV_COLLAPSE).is_ok())
+}
+
+/// Has a page where each huge one could be, which the kernel wants before it puts one there; whether
+/// that left any page out. Where none is left out there are huge ones already, or a guest's small
+/// ones in use, which nobody should copy.
 ///
 /// # Errors
 /// There is no memory, or the kernel cannot populate.
-fn collapse((start, length): Range) -> io::Result<()> {
-    // The kernel puts a huge page where there is at least one small one already.
+fn touch((start, length): Range) -> io::Result<bool> {
     let end = start + length;
     let mut at = start.next_multiple_of(HUGE_PAGE);
     while at + HUGE_PAGE <= end {
         advise((at, PAGE), libc::MADV_POPULATE_WRITE)?;
         at += HUGE_PAGE;
     }
-    // It does not where memory is of another kind or lies unevenly, where somebody uses a page, where
-    // it has not enough in a row, and before Linux 6.1. Small pages do.
-    let _ = advise((start, length), libc::MADV_COLLAPSE);
-    Ok(())
+    let mut there = vec![0u8; length.div_ceil(PAGE)];
+    // SAFETY: the range is part of a mapping that the caller of `prefault` keeps alive, and the
+    // vector has a byte for each of its pages.
+    match unsafe { libc::mincore(start as *mut libc::c_void, length, there.as_mut_ptr()) } {
+        0 => Ok(there.iter().any(|page| page & 1 == 0)),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn advise((start, length): Range, advice: libc::c_int) -> io::Result<()> {
@@ -115,13 +151,15 @@ mod tests {
         fn the_pieces_are_the_whole_and_no_huge_page_is_in_two(
             start in 1usize..1 << 20,
             pages in 0usize..1 << 16,
+            most in 4usize..33,
         ) {
+            let most = most * HUGE_PAGE;
             let start = start * PAGE;
             let mut next = start;
-            for (at, length) in divide(start, pages * PAGE) {
+            for (at, length) in divide(start, start + pages * PAGE, most) {
                 prop_assert_eq!(at, next);
                 prop_assert!(at == start || at.is_multiple_of(HUGE_PAGE));
-                prop_assert!(0 < length && length <= CHUNK);
+                prop_assert!(0 < length && length <= most);
                 next = at + length;
             }
             prop_assert_eq!(next, start + pages * PAGE);
