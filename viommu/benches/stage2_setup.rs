@@ -26,8 +26,8 @@ use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 
-const LENGTH: usize = 256 << 20;
-const ROUNDS: usize = 9;
+const LENGTH: usize = 128 << 20;
+const ROUNDS: usize = 7;
 
 #[derive(Clone, Copy)]
 enum Pages {

@@ -3,6 +3,7 @@
 mod nvme;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -30,7 +31,7 @@ pub const TESTS: &[Test] = &[
     Test::new("map", crate::mapping::bench)
         .limit(900)
         .on_request(),
-    Test::new("stage2", stage2).limit(900).on_request(),
+    Test::new("stage2", stage2).limit(1500).on_request(),
     nvme::TESTS[0],
     nvme::TESTS[1],
     nvme::TESTS[2],
@@ -105,17 +106,22 @@ fn stage2(lab: &Lab) -> Result<()> {
     let pages = Path::new("/proc/sys/vm/nr_hugepages");
     let before = fs::read_to_string(pages)?;
     fs::write(pages, "160")?;
-    let output = Command::new(lab.shared("bin/stage2_setup")).output();
+    let shown = show_lines_of(&lab.shared("bin/stage2_setup"));
     fs::write(pages, before.trim())?;
-    let output = output.context("stage2_setup")?;
-    ensure!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
-        show(line);
+    shown
+}
+
+/// Shows what a program says as it says it.
+fn show_lines_of(program: &Path) -> Result<()> {
+    let what = || program.display().to_string();
+    let child = Command::new(program).stdout(Stdio::piped()).spawn();
+    let mut child = Ending(child.with_context(what)?);
+    let said = child.0.stdout.take().with_context(what)?;
+    for line in BufReader::new(said).lines() {
+        show(line?);
     }
+    let status = child.0.wait()?;
+    ensure!(status.success(), "{} ended with {status}", what());
     Ok(())
 }
 
