@@ -117,6 +117,9 @@ impl Tables {
                 sre: false,
                 wpe: false,
                 eafe: false,
+                ere: true,
+                pwsnp: true,
+                fs1gp: true,
             },
             stage2: Stage2 {
                 root: Gpa(outer),

@@ -74,6 +74,13 @@ pub struct Stage1 {
     pub wpe: bool,
     /// Extended Accessed Flag Enable.
     pub eafe: bool,
+    /// Instruction fetches are served (VT-d ECAP.ERS).
+    pub ere: bool,
+    /// Page-walk Snoop: accessed and dirty flags can be set. Without it a walk that has to set one
+    /// is a fault (VT-d table 30, SFS.9). Hardware may always have it.
+    pub pwsnp: bool,
+    /// Leaves may be pages of 1 GiB (VT-d CAP.FS1GP). Hardware may always have it.
+    pub fs1gp: bool,
 }
 
 /// A guest's stage-2 (second-stage) table in VT-d's format (VT-d 9.7, 9.10).
@@ -281,8 +288,14 @@ pub enum FaultCause {
     OutsideMemory,
     /// A privileged request where supervisor requests are not enabled.
     Supervisor,
+    /// An instruction fetch where execute requests are not served.
+    ExecuteDisabled,
+    /// An accessed or dirty flag of a first-stage entry had to be set where walks do not snoop.
+    UpdateNotSnooped,
     /// The address hits the interrupt range 0xfee0_0000 to 0xfeef_ffff with a request that is
-    /// not an interrupt message, or a table maps to it.
+    /// not an interrupt message.
+    NotAMessage,
+    /// A table maps to the interrupt range.
     InterruptRange,
     /// An interrupt message does not lead to the doorbell, which is mapped and begins at this
     /// guest-physical address: the guest has to map it to itself.

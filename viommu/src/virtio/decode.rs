@@ -245,6 +245,9 @@ fn attach_table(request: &ReqAttachPgtVtd) -> Result<Request, Malformed> {
             sre: flags & fl_flag::SRE != 0,
             wpe: flags & fl_flag::WPE != 0,
             eafe: flags & fl_flag::EAFE != 0,
+            ere: false,
+            pwsnp: true,
+            fs1gp: true,
         }),
     }))
 }

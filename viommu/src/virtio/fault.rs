@@ -121,6 +121,9 @@ pub(super) fn translate(fault: &backend::Fault) -> spec::Fault {
         | FaultCause::NotMapped { .. }
         | FaultCause::SupervisorPage
         | FaultCause::Permission { .. }
+        | FaultCause::ExecuteDisabled
+        | FaultCause::UpdateNotSnooped
+        | FaultCause::NotAMessage
         | FaultCause::InterruptRange
         | FaultCause::Doorbell(_)
         | FaultCause::OutsideMemory

@@ -306,6 +306,9 @@ pub(super) fn reason(
             _ => not_permitted,
         },
         FaultCause::Supervisor => R::SupervisorDisabled,
+        FaultCause::ExecuteDisabled => R::ExecuteDisabled,
+        FaultCause::UpdateNotSnooped => R::FirstStageAccessedDirty,
+        FaultCause::NotAMessage => R::NotAnInterrupt,
         FaultCause::InterruptRange | FaultCause::Doorbell(_) => {
             pick(R::InterruptRange, R::ScalableInterruptRange)
         }

@@ -160,6 +160,9 @@ pub(super) fn entry(offer: &Offer, words: [u64; 8], fpd: bool) -> Result<Entry, 
             sre: q2.sre(),
             wpe: q2.wpe(),
             eafe: q2.eafe(),
+            ere: ecap.ers(),
+            pwsnp: q1.pwsnp(),
+            fs1gp: offer.cap.fs1gp(),
         })
     };
     let stage2 = || {

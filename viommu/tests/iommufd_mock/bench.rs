@@ -180,6 +180,9 @@ pub(super) fn stage1(root: u64) -> Translation {
         sre: false,
         wpe: false,
         eafe: false,
+        ere: true,
+        pwsnp: true,
+        fs1gp: true,
     })
 }
 

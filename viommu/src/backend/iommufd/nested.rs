@@ -79,7 +79,9 @@ fn check_root(root: u64, width: u8) -> Result<(), Refused> {
     Ok(())
 }
 
-/// The table as the kernel takes it. WPE is about supervisor requests, so without those it is not
+/// The table as the kernel takes it. The kernel always lets walks snoop, and what sizes leaves have
+/// and whether fetches are served is the hardware's, so what the guest's unit lacks of these is
+/// not taken away here: it can only spare the guest a fault. WPE is about supervisor requests, so without those it is not
 /// set, and two tables that differ in it are one.
 fn vtd_s1(table: &Stage1) -> sys::iommu_hwpt_vtd_s1 {
     let mut flags = 0;

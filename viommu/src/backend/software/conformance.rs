@@ -68,6 +68,9 @@ const STAGE1: Stage1 = Stage1 {
     sre: false,
     wpe: false,
     eafe: false,
+    ere: true,
+    pwsnp: true,
+    fs1gp: true,
 };
 
 const STAGE2: Stage2 = Stage2 {

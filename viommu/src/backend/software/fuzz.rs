@@ -55,6 +55,9 @@ fn translation(choice: u8, raw: u64, domain: DomainId) -> Translation {
         sre: choice & 0x40 != 0,
         wpe: choice & 0x20 != 0,
         eafe: choice & 0x10 != 0,
+        ere: raw & 1 << 60 != 0,
+        pwsnp: raw & 1 << 61 == 0,
+        fs1gp: raw & 1 << 62 == 0,
     };
     let stage2 = Stage2 {
         root: Gpa(near_ram(raw >> 20 & !(0xf << 60))),

@@ -10,7 +10,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::Shared;
 use super::endpoint::Endpoint;
-use super::inflight::Slot;
+use super::inflight::{EVERYTHING, Slot};
 use super::iotlb::{IN_RAM, Iotlb};
 use super::target::{INTERRUPT_RANGE, Space, TargetState, lock};
 use super::walk::{Allowed, Page, Request, Walker};
@@ -186,7 +186,19 @@ impl Port {
             execute: self.execute,
             privileged: self.privileged,
         };
-        let blocked = self.state.translation() == Translation::Blocked;
+        let translation = self.state.translation();
+        // What led to the request is forgotten, rights of tables on the way included: the guest
+        // may make the page valid or more than it was without an invalidation (VT-d 6.5.3.1).
+        // What the second stage says of tables goes only with everything.
+        let Iova(first) = request.iova;
+        self.state.post(
+            match translation {
+                Translation::Nested { .. } => EVERYTHING,
+                _ => first..=first | 0xfff,
+            },
+            false,
+        );
+        let blocked = translation == Translation::Blocked;
         self.endpoint.page_request(request, blocked)
     }
 }

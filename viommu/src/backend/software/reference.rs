@@ -108,6 +108,9 @@ impl Reference {
                 table = address_bits;
                 continue;
             }
+            if !readable && !writable {
+                return Err(FaultCause::NotMapped { stage, level });
+            }
             if access.read && !readable || access.write && !writable {
                 return Err(FaultCause::Permission { stage, privileged });
             }
@@ -159,7 +162,8 @@ impl Reference {
                 return Err(FaultCause::NotMapped { stage, level });
             }
             let large = (level == 2 || level == 3) && entry & bit(7) != 0;
-            if entry & Self::reserved(level, large, 13, &[]) != 0 {
+            let no_such_size = level == 3 && large && !s.fs1gp;
+            if no_such_size || entry & Self::reserved(level, large, 13, &[]) != 0 {
                 return Err(FaultCause::Reserved { stage, level });
             }
             rw &= entry & bit(1) != 0;
@@ -190,6 +194,9 @@ impl Reference {
                 }
             }
             if entry & flags != flags {
+                if !s.pwsnp {
+                    return Err(FaultCause::UpdateNotSnooped);
+                }
                 self.outer(under, table, Access::WRITE, Stage::SecondForUpdate)?;
                 self.set(at, flags);
             }
@@ -212,7 +219,14 @@ impl Reference {
     fn translate(&mut self, translation: Translation, ask: Ask) -> Result<u64, FaultCause> {
         let interrupt = 0xfee0_0000..0xfef0_0000;
         if !ask.pasid && interrupt.contains(&ask.iova) {
-            return Err(FaultCause::InterruptRange);
+            return Err(FaultCause::NotAMessage);
+        }
+        let fetches = match translation {
+            Translation::Stage1(stage1) | Translation::Nested { stage1, .. } => stage1.ere,
+            _ => false,
+        };
+        if ask.execute && !fetches && translation != Translation::Blocked {
+            return Err(FaultCause::ExecuteDisabled);
         }
         let gpa = match translation {
             Translation::Stage1(stage1) => self.first(&stage1, None, ask)?,
@@ -334,12 +348,16 @@ fn ask() -> impl Strategy<Value = Ask> {
 
 fn translation() -> impl Strategy<Value = Translation> {
     let root = || (0..TABLES).prop_map(|page| Gpa(page * 4096));
-    let stage1 = (root(), any::<[bool; 4]>()).prop_map(|(root, [wide, sre, wpe, eafe])| Stage1 {
+    let stage1 = (root(), any::<[bool; 4]>(), 0u8..32);
+    let stage1 = stage1.prop_map(|(root, [wide, sre, wpe, eafe], rare)| Stage1 {
         root,
         width: if wide { 57 } else { 48 },
         sre,
         wpe,
         eafe,
+        ere: rare != 0,
+        pwsnp: rare != 1,
+        fs1gp: rare > 4,
     });
     let width = prop_oneof![Just(39u8), Just(48), Just(57)];
     let random = prop_oneof![1 => root().prop_map(Some), 5 => Just(None)];

@@ -145,6 +145,9 @@ impl Setup {
             sre: false,
             wpe: false,
             eafe: false,
+            ere: true,
+            pwsnp: true,
+            fs1gp: true,
         };
         for page in 0..PAGES {
             self.set_entry(page, place(page, 0));
@@ -279,6 +282,9 @@ fn tables_that_change_under_the_walk_lead_nowhere_but_to_ram() {
         sre: false,
         wpe: false,
         eafe: true,
+        ere: true,
+        pwsnp: true,
+        fs1gp: true,
     };
     let stage2 = Stage2 {
         root: Gpa(TABLES[0]),

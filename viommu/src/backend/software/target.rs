@@ -52,10 +52,22 @@ impl Space {
         has_pasid: bool,
     ) -> Result<Page, FaultCause> {
         if !has_pasid && INTERRUPT_RANGE.contains(&iova) {
-            return Err(FaultCause::InterruptRange);
+            return Err(FaultCause::NotAMessage);
+        }
+        if request.execute && !self.serves_fetches() {
+            return Err(FaultCause::ExecuteDisabled);
         }
         let page = self.page(walker, iova, request)?;
         around_interrupts(page, iova, has_pasid)
+    }
+
+    /// Whether instruction fetches pass at all. Only a first stage can serve them.
+    fn serves_fetches(&self) -> bool {
+        match &self.translation {
+            Translation::Stage1(stage1) | Translation::Nested { stage1, .. } => stage1.ere,
+            Translation::Blocked => true,
+            Translation::Identity | Translation::Stage2(_) | Translation::Domain(_) => false,
+        }
     }
 
     /// Where an interrupt message to `iova` leads that is translated like any other write.

@@ -147,6 +147,9 @@ fn stage1(root: u64) -> Stage1 {
         sre: false,
         wpe: false,
         eafe: false,
+        ere: true,
+        pwsnp: true,
+        fs1gp: true,
     }
 }
 
@@ -349,8 +352,8 @@ fn a_message_reaches_its_sink_whatever_is_in_force_and_memory_never() {
         assert_eq!(taken, [(RID, msi)]);
         for iova in [0xfee0_0000, 0xfeef_ffff] {
             let port = guest.port.clone();
-            assert_eq!(guest.read(&port, iova), Err(FaultCause::InterruptRange));
-            assert_eq!(guest.write(&port, iova), Err(FaultCause::InterruptRange));
+            assert_eq!(guest.read(&port, iova), Err(FaultCause::NotAMessage));
+            assert_eq!(guest.write(&port, iova), Err(FaultCause::NotAMessage));
         }
     }
     // Beside the range the same large page translates.

@@ -305,7 +305,8 @@ impl Walker<'_> {
             if !entry.p() {
                 return Err(FaultCause::NotMapped { stage, level });
             }
-            if entry.has_reserved(level, self.haw) {
+            let no_such_size = level == 3 && entry.ps() && !stage1.fs1gp;
+            if no_such_size || entry.has_reserved(level, self.haw) {
                 return Err(FaultCause::Reserved { stage, level });
             }
             let leaf = entry.is_leaf(level);
@@ -326,6 +327,9 @@ impl Walker<'_> {
                 .with_d(entry.d() || leaf && request.write);
             if flagged == entry {
                 return Ok((entry, passed));
+            }
+            if !stage1.pwsnp {
+                return Err(FaultCause::UpdateNotSnooped);
             }
             if !at.writable
                 && let Some(stage2) = under
@@ -485,6 +489,10 @@ impl Walker<'_> {
             }
             let leaf = entry.is_leaf(level);
             let (r, w) = (r && entry.r(), w && entry.w());
+            // Each level gave one of them, together they give none: as if nothing was there.
+            if leaf && !r && !w {
+                return Err(FaultCause::NotMapped { stage, level });
+            }
             if leaf && !Allowed::both(r, w).has(request.needs()) {
                 return Err(FaultCause::Permission {
                     stage,

@@ -104,7 +104,8 @@ impl Live {
 
 /// A [`Translation`] in two words. Roots are whole pages, as decoded from tables, so that their
 /// low 12 bits have the rest: for the first stage width (6 bits), SRE, WPE and EAFE; for the
-/// second width and AD. The kind is in the first word's upper three of them.
+/// second width, AD, and what the first has no room for. The kind is in the first word's upper
+/// three of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Packed([u64; 2]);
 
@@ -122,6 +123,9 @@ const SRE: u64 = 1 << 6;
 const WPE: u64 = 1 << 7;
 const EAFE: u64 = 1 << 8;
 const AD: u64 = 1 << 6;
+const ERE: u64 = 1 << 7;
+const PWSNP: u64 = 1 << 8;
+const FS1GP: u64 = 1 << 9;
 
 fn flag(set: bool, bit: u64) -> u64 {
     if set { bit } else { 0 }
@@ -136,6 +140,11 @@ fn first(stage1: Stage1) -> u64 {
         | flag(stage1.eafe, EAFE)
 }
 
+/// What of a first stage is in the second word.
+fn rest(stage1: Stage1) -> u64 {
+    flag(stage1.ere, ERE) | flag(stage1.pwsnp, PWSNP) | flag(stage1.fs1gp, FS1GP)
+}
+
 fn second(stage2: Stage2) -> u64 {
     debug_assert!(stage2.root.0 & !ROOT == 0 && u64::from(stage2.width) <= WIDTH);
     stage2.root.0 & ROOT | u64::from(stage2.width) & WIDTH | flag(stage2.ad, AD)
@@ -147,9 +156,11 @@ impl From<Translation> for Packed {
         let (kind, one, two) = match translation {
             Translation::Blocked => (BLOCKED, 0, 0),
             Translation::Identity => (IDENTITY, 0, 0),
-            Translation::Stage1(stage1) => (STAGE1, first(stage1), 0),
+            Translation::Stage1(stage1) => (STAGE1, first(stage1), rest(stage1)),
             Translation::Stage2(stage2) => (STAGE2, 0, second(stage2)),
-            Translation::Nested { stage1, stage2 } => (NESTED, first(stage1), second(stage2)),
+            Translation::Nested { stage1, stage2 } => {
+                (NESTED, first(stage1), second(stage2) | rest(stage1))
+            }
             Translation::Domain(DomainId(number)) => (DOMAIN, 0, number.into()),
         };
         Self([one | kind << KIND, two])
@@ -164,6 +175,9 @@ impl From<Packed> for Translation {
             sre: one & SRE != 0,
             wpe: one & WPE != 0,
             eafe: one & EAFE != 0,
+            ere: two & ERE != 0,
+            pwsnp: two & PWSNP != 0,
+            fs1gp: two & FS1GP != 0,
         };
         let stage2 = Stage2 {
             root: Gpa(two & ROOT),
@@ -188,15 +202,18 @@ mod tests {
     use super::*;
 
     fn stage1() -> impl Strategy<Value = Stage1> {
-        (any::<u64>(), 0u8..64, any::<[bool; 3]>()).prop_map(|(root, width, [sre, wpe, eafe])| {
-            Stage1 {
+        (any::<u64>(), 0u8..64, any::<[bool; 6]>()).prop_map(
+            |(root, width, [sre, wpe, eafe, ere, pwsnp, fs1gp])| Stage1 {
                 root: Gpa(root & ROOT),
                 width,
                 sre,
                 wpe,
                 eafe,
-            }
-        })
+                ere,
+                pwsnp,
+                fs1gp,
+            },
+        )
     }
 
     fn stage2() -> impl Strategy<Value = Stage2> {

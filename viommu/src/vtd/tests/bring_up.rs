@@ -93,6 +93,9 @@ fn linux_brings_up_scalable_mode_and_a_device_with_first_stage_tables() {
         sre: false,
         wpe: false,
         eafe: false,
+        ere: false,
+        pwsnp: true,
+        fs1gp: true,
     });
     assert_eq!(
         guest.backend.calls(),

@@ -242,6 +242,87 @@ fn a_page_request_goes_to_the_guest_and_its_answer_to_the_device() {
 }
 
 #[test]
+fn rights_that_a_page_request_was_for_are_seen_without_an_invalidation() {
+    for nested in [false, true] {
+        let mut machine = machine(UnitConfig {
+            nested,
+            ..UnitConfig::default()
+        });
+        let directory = machine.guest.context(DISK);
+        let (root, page) = (machine.guest.page(), machine.guest.page());
+        let leaf = machine.map(root, page, 5);
+        let mut entry = first_stage(3, root);
+        if nested {
+            // A second stage that maps the first GiB to itself.
+            let (outer, below) = (machine.guest.page(), machine.guest.page());
+            machine.guest.poke(outer, &[below | 3]);
+            machine.guest.poke(below, &[0x83]);
+            entry.q0 = entry.q0.with_pgtt(3).with_ssptptr(outer >> 12);
+        }
+        machine.guest.bind(directory, 5, entry);
+        let five = machine.port.with_pasid(Pasid(5)).unwrap();
+        assert!(read(&five, IOVA).is_some() && !write(&five, IOVA, 1));
+        // The guest makes all of it writable, which needs no invalidation, and answers.
+        let mut table = root;
+        for shift in [39, 30, 21] {
+            let at = table + (IOVA >> shift & 511) * 8;
+            let entry = machine.guest.peek(at);
+            machine.guest.poke(at, &[entry | 2]);
+            table = entry & !0xfff;
+        }
+        machine.guest.poke(leaf, &[page | 7]);
+        five.page_request(Iova(IOVA), Access::WRITE, 9, true)
+            .unwrap();
+        let target = Target::pasid(DISK, Pasid(5));
+        assert!(machine.guest.submit(&[page_response(target, 9, 0)]));
+        assert!(write(&five, IOVA, 1), "nested: {nested}");
+    }
+}
+
+#[test]
+fn what_a_first_stage_does_not_offer_is_a_fault_of_its_own() {
+    let mut machine = machine(UnitConfig::default());
+    let directory = machine.guest.context(DISK);
+    let (root, page) = (machine.guest.page(), machine.guest.page());
+    let leaf = machine.map(root, page, 7);
+    let mut entry = first_stage(3, root);
+    entry.q1.set_pwsnp(false);
+    machine.guest.bind(directory, 5, entry);
+    let five = machine.port.with_pasid(Pasid(5)).unwrap();
+    let last = |machine: &Machine| machine.guest.faults().first().map(|fault| fault.1);
+    // Accessed flags that are not set cannot be set without snooping.
+    assert!(read(&five, IOVA).is_none());
+    let reason = last(&machine);
+    assert_eq!(reason, Some(R::FirstStageAccessedDirty.code()));
+    assert_eq!(machine.guest.peek(leaf), page | 7);
+    // Where they are set already nothing is needed, until a write needs the dirty flag.
+    let mut table = root;
+    for shift in [39, 30, 21] {
+        let at = table + (IOVA >> shift & 511) * 8;
+        let entry = machine.guest.peek(at);
+        machine.guest.poke(at, &[entry | 0x20]);
+        table = entry & !0xfff;
+    }
+    machine.guest.poke(leaf, &[page | 0x27]);
+    assert!(read(&five, IOVA).is_some() && !write(&five, IOVA, 1));
+    let reason = last(&machine);
+    assert_eq!(reason, Some(R::FirstStageAccessedDirty.code()));
+    machine.guest.bind(directory, 5, first_stage(3, root));
+    assert!(write(&five, IOVA, 1));
+    // Execute requests are not offered, whatever translates.
+    let five = five.with_execute(true);
+    for entry in [first_stage(3, root), pass_through(3)] {
+        machine.guest.bind(directory, 5, entry);
+        assert!(read(&five, page).is_none());
+        assert_eq!(last(&machine), Some(R::ExecuteDisabled.code()));
+    }
+    // A request to the interrupt range that is no message.
+    machine.guest.bind(directory, 0, pass_through(1));
+    assert!(read(&machine.port, 0xfee0_0000).is_none());
+    assert_eq!(last(&machine), Some(R::NotAnInterrupt.code()));
+}
+
+#[test]
 fn no_dma_starts_after_the_wait_of_its_unmap_and_faults_meanwhile_do_not_deadlock() {
     let mut machine = machine(UnitConfig::default());
     let directory = machine.guest.context(DISK);

@@ -292,6 +292,9 @@ fn every_cause_has_the_reason_of_its_mode_and_stage() {
         (r, FaultCause::OutsideMemory, R::ScalableReadNotPermitted),
         (r, FaultCause::Supervisor, R::SupervisorDisabled),
         (r, FaultCause::InterruptRange, R::ScalableInterruptRange),
+        (r, FaultCause::NotAMessage, R::NotAnInterrupt),
+        (r, FaultCause::ExecuteDisabled, R::ExecuteDisabled),
+        (r, FaultCause::UpdateNotSnooped, R::FirstStageAccessedDirty),
     ];
     for (access, cause, reason) in cases {
         guest.backend.fault(fault(nic, 0, access, cause));
@@ -350,6 +353,7 @@ fn every_cause_has_the_reason_of_its_mode_and_stage() {
         ),
         (r, FaultCause::AddressWidth, R::AddressBeyondWidth),
         (r, FaultCause::InterruptRange, R::InterruptRange),
+        (r, FaultCause::NotAMessage, R::NotAnInterrupt),
     ];
     for (access, cause, reason) in cases {
         guest.backend.fault(fault(nic, 0, access, cause));

@@ -266,6 +266,9 @@ fn translation_types_widths_and_modes_are_those_offered() {
         sre: false,
         wpe: false,
         eafe: false,
+        ere: false,
+        pwsnp: false,
+        fs1gp: true,
     };
     let stage2 = |width| Stage2 {
         root: Gpa(0x7000),

@@ -12,6 +12,9 @@ fn what_the_kernel_does_not_check_is_refused_here_without_a_call() {
             sre,
             wpe: true,
             eafe,
+            ere: true,
+            pwsnp: true,
+            fs1gp: true,
         })
     };
     let bad = [
