@@ -187,6 +187,10 @@ enum Ahead {
 
 /// The time of both.
 fn set_up(pages: Pages, ahead: Ahead) -> Option<Duration> {
+    // Writing to huge pages of which the host has none left is a bus error.
+    if let (Pages::HugeMemfd, Ahead::TouchedByTwo) = (pages, ahead) {
+        return None;
+    }
     let ram = ram(pages)?;
     let pinning = Pinning::prepare().unwrap();
     let start = Instant::now();
@@ -265,10 +269,13 @@ fn main() {
         }
         let two = best[1];
         for ((name, ahead), time) in contenders.iter().zip(best) {
+            if time == Duration::MAX {
+                continue;
+            }
             let per_gib = time.as_secs_f64() * 1e3 * (1u64 << 30) as f64 / LENGTH as f64;
             let faster = best[0].div_duration_f64(time);
             let beside = match ahead {
-                Ahead::Prefault(2) => {
+                Ahead::Prefault(2) if two < Duration::MAX => {
                     let ratio = two.div_duration_f64(time);
                     format!(", {ratio:.2} of the two threads with nothing of ours")
                 }

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{RwLock, mpsc};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -16,9 +17,9 @@ use crate::GuestRam;
 /// call (it has every CPU empty its lists of pages, and waits for them) is no matter.
 const MOST: usize = 64 << 20;
 /// And at least.
-const LEAST: usize = 8 << 20;
+const LEAST: usize = 32 << 20;
 /// Pieces for each thread, so that the last one at work is not long alone.
-const PIECES: usize = 8;
+const PIECES: usize = 4;
 const HUGE_PAGE: usize = 2 << 20;
 const PAGE: usize = 4 << 10;
 
@@ -52,9 +53,9 @@ pub fn prefault(ram: &GuestRam, threads: usize) -> io::Result<()> {
         }
     }
     let next = AtomicUsize::new(0);
-    let work = || -> io::Result<()> {
+    let work = |there: &mut Vec<u8>| -> io::Result<()> {
         while let Some(&(range, huge)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if huge && touch(range)? {
+            if huge && touch(range, there)? {
                 // Where the host has not enough in a row, small pages do.
                 let _ = advise(range, libc::MADV_COLLAPSE);
             }
@@ -62,16 +63,32 @@ pub fn prefault(ram: &GuestRam, threads: usize) -> io::Result<()> {
         }
         Ok(())
     };
+    let gate = RwLock::new(());
     std::thread::scope(|scope| {
+        // A thread maps memory of its own when it begins. While others populate, the kernel lets it
+        // wait for milliseconds each time: so nobody starts before all are there.
+        let closed = gate.write();
+        let (beginning, begun) = mpsc::channel::<()>();
         let helpers = (1..threads.min(chunks.len()))
-            .map(|_| {
-                scope.spawn(|| {
+            .map_while(|_| {
+                let beginning = beginning.clone();
+                let (gate, work) = (&gate, &work);
+                let helper = move || {
                     crate::thread::begin("prefault");
-                    work()
-                })
+                    let mut there = room();
+                    drop(beginning);
+                    drop(gate.read());
+                    work(&mut there)
+                };
+                std::thread::Builder::new().spawn_scoped(scope, helper).ok()
             })
             .collect::<Vec<_>>();
-        let mine = work();
+        let mut there = room();
+        drop(beginning);
+        // It fails when the last of them let go of its end.
+        let _ = begun.recv();
+        drop(closed);
+        let mine = work(&mut there);
         helpers.into_iter().fold(mine, |result, helper| {
             let its = helper
                 .join()
@@ -79,6 +96,11 @@ pub fn prefault(ram: &GuestRam, threads: usize) -> io::Result<()> {
             result.and(its)
         })
     })
+}
+
+/// A byte for each page that one thread looks at.
+fn room() -> Vec<u8> {
+    Vec::with_capacity(MOST / PAGE)
 }
 
 /// Part of a mapping of guest RAM: its host address and length.
@@ -103,7 +125,7 @@ fn divide(start: usize, end: usize, most: usize) -> impl Iterator<Item = Range> 
 fn collapses(start: usize, end: usize) -> io::Result<bool> {
     let last = (end - end % HUGE_PAGE).saturating_sub(HUGE_PAGE);
     let range = (last, HUGE_PAGE);
-    Ok(last >= start && touch(range)? && advise(range, libc::MADV_COLLAPSE).is_ok())
+    Ok(last >= start && touch(range, &mut room())? && advise(range, libc::MADV_COLLAPSE).is_ok())
 }
 
 /// Has a page where each huge one could be, which the kernel wants before it puts one there; whether
@@ -112,14 +134,14 @@ fn collapses(start: usize, end: usize) -> io::Result<bool> {
 ///
 /// # Errors
 /// There is no memory, or the kernel cannot populate.
-fn touch((start, length): Range) -> io::Result<bool> {
+fn touch((start, length): Range, there: &mut Vec<u8>) -> io::Result<bool> {
     let end = start + length;
     let mut at = start.next_multiple_of(HUGE_PAGE);
     while at + HUGE_PAGE <= end {
         advise((at, PAGE), libc::MADV_POPULATE_WRITE)?;
         at += HUGE_PAGE;
     }
-    let mut there = vec![0u8; length.div_ceil(PAGE)];
+    there.resize(length.div_ceil(PAGE), 0);
     // SAFETY: the range is part of a mapping that the caller of `prefault` keeps alive, and the
     // vector has a byte for each of its pages.
     match unsafe { libc::mincore(start as *mut libc::c_void, length, there.as_mut_ptr()) } {
