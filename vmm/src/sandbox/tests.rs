@@ -134,6 +134,26 @@ fn try_it() {
 }
 
 #[test]
+fn guest_memory_is_had_and_faulted_in_by_several_threads() {
+    let test = "guest_memory_is_had_and_faulted_in_by_several_threads";
+    if std::env::var_os(TRY).is_none() {
+        let output = child(test, "main");
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    start(SeccompMode::On).unwrap();
+    std::thread::scope(|scope| {
+        let main = || {
+            enter(Role::Main).unwrap();
+            let layout = crate::memory::layout::compose(64 << 20, 40, &[]).unwrap();
+            let ram = crate::memory::ram::allocate(&Default::default(), &layout).unwrap();
+            viommu::backend::iommufd::prefault(&ram, 3).unwrap();
+        };
+        scope.spawn(main).join().unwrap();
+    });
+}
+
+#[test]
 fn each_kind_of_thread_is_killed_for_what_it_never_does() {
     if std::env::var_os(TRY).is_some() {
         return try_it();
