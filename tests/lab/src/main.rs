@@ -44,7 +44,7 @@ enum Command {
     },
     /// List the guest tests, with the profile of hardware each one needs.
     List,
-    /// Boot a guest, show its console and say what was proved.
+    /// Boot a guest with an IOMMU, send a device astray behind it, and say what was proved.
     Demo,
     /// Open a shell in a guest, or on the host that the guests run on.
     Shell {

@@ -53,10 +53,7 @@ pub fn lints(root: &Path, tally: &mut Tally) {
                 "--locked",
                 "--document-private-items",
             ],
-            &[(
-                "RUSTDOCFLAGS",
-                "-D warnings -A rustdoc::private_intra_doc_links",
-            )],
+            &[("RUSTDOCFLAGS", "-D warnings")],
         )
     });
     tally.check("dependencies", || dependencies::check(root));

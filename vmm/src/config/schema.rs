@@ -1,8 +1,8 @@
 //! One table per option group, from which option strings, JSON and help text all come.
 //!
-//! [`options!`](crate::config::schema::options) turns a struct with doc comments into a serde type and a [`Group`]: the names, the
-//! syntax, the defaults and the documentation of its fields. Everything a user writes becomes a
-//! JSON value first ([`Group::parse`] for option strings), is held against the table
+//! The macro `options!` turns a struct with doc comments into a serde type and a [`Group`]: the
+//! names, the syntax, the defaults and the documentation of its fields. Everything a user writes
+//! becomes a JSON value first ([`Group::parse`] for option strings), is held against the table
 //! ([`Group::check`]) and is then deserialized, so that both ways in give the same errors.
 
 use serde_json::{Map, Value, json};

@@ -130,7 +130,7 @@ struct Doing {
 }
 
 impl Progress {
-    /// Says what the operation that was [begun](Self::begin) does next.
+    /// Says what the operation that was begun does next.
     pub fn step(&self, step: impl Into<String>) {
         if let Some(doing) = &mut *self.lock() {
             doing.step = step.into();

@@ -7,7 +7,7 @@
 //! A function behind a remapping unit has a [`Remapper`]: what the guest programmed passes through
 //! it whenever a route is made, and again in [`Interrupts::reevaluate`] when the unit's cache is
 //! invalidated. The irqfd stays connected throughout, but where the remapper blocks the interrupt:
-//! then the eventfd is read by us ([`blocked`]), and each signal is a fault.
+//! then the eventfd is read by us (`blocked`), and each signal is a fault.
 //!
 //! Locks: `state` is held while a [`Remapper`] is asked, so that "done means done" holds for
 //! `reevaluate` whatever other threads do. A remapper takes no lock that is held by a caller of

@@ -1,6 +1,6 @@
 //! Interrupt remapping (VT-d chapter 5): what an interrupt request becomes by a unit's table.
 //!
-//! [`remap`] is pure. [`RemappingUnit`] stands between a unit, which owns the registers and the
+//! `remap` is pure. [`RemappingUnit`] stands between a unit, which owns the registers and the
 //! invalidation queue, and the VM's interrupt routes.
 
 #![forbid(unsafe_code)]

@@ -1,6 +1,6 @@
 //! vCPU threads: they run the guest, hand its exits to the buses, and stop when they are told.
 //!
-//! **Kicks are never lost.** [`VcpuThreads::stop`] and [`VcpuThreads::pause`] say in a [`Gate`]
+//! **Kicks are never lost.** [`VcpuThreads::stop`] and [`VcpuThreads::pause`] say in a `Gate`
 //! what is wanted and then send a signal. The signal's handler sets `immediate_exit` in the
 //! thread's own `kvm_run`. So wherever the signal hits, either the thread has not yet looked at the
 //! gate, or KVM_RUN returns at once.
