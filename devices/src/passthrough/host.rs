@@ -217,7 +217,8 @@ impl PassthroughHost {
                 let (device, group) = container.open(sysfs)?;
                 log::warn!(
                     "device {rid} is had by its group, since this host has no {missing}: all of \
-                     the guest's memory is in its reach, and no vIOMMU can stand before it"
+                     the guest's memory is in its reach, no vIOMMU can stand before it, and no \
+                     other device reaches its memory (no P2P)"
                 );
                 Ok(Admitted {
                     raw: configuration(&device, rid)?,

@@ -4,7 +4,8 @@
  *
  * One node per device, /dev/dma-engine-<PCI address>. An open file can bind the process that
  * asks (DMA_ENGINE_BIND gives the PASID), have a PASID of its own, with no address space
- * (DMA_ENGINE_PASID, on kernels whose allocator can be the host's by virtual commands), and map
+ * (DMA_ENGINE_PASID, on kernels whose allocator can be the host's by virtual commands), put the
+ * device into a domain of its own (DMA_ENGINE_JOIN), count interrupts, and map
  * pages of BAR 0 (the offset of the mapping is the offset into the BAR; the MSI-X pages are left
  * out). Closing it, or unplugging the device, unbinds the process and takes the mappings away;
  * closing it also frees the PASID. What the pages mean is in devices/src/testdev/README.md.
@@ -14,6 +15,7 @@
  */
 #include <linux/dma-mapping.h>
 #include <linux/fs.h>
+#include <linux/interrupt.h>
 #include <linux/io.h>
 #include <linux/iommu.h>
 #include <linux/kref.h>
@@ -31,6 +33,24 @@
 #define DMA_ENGINE_BIND _IOR('N', 1, __u32)
 #define DMA_ENGINE_UNBIND _IO('N', 2)
 #define DMA_ENGINE_PASID _IOR('N', 3, __u32)
+/*
+ * The device in a domain of the driver's own, until DMA_ENGINE_LEAVE or the file is closed: what is
+ * mapped there is a page of the driver's (place MAP_OWN) or any address, RAM or not.
+ */
+#define DMA_ENGINE_JOIN _IO('N', 4)
+#define DMA_ENGINE_LEAVE _IO('N', 5)
+#define DMA_ENGINE_MAP _IOW('N', 6, struct engine_mapping)
+#define DMA_ENGINE_UNMAP _IOW('N', 7, struct engine_mapping)
+/* How often vector 0 has interrupted; the first call requests it. */
+#define DMA_ENGINE_INTERRUPTS _IOR('N', 8, __u32)
+
+#define MAP_OWN (~0ULL)
+
+struct engine_mapping {
+	__u64 iova;
+	__u64 place;
+	__u64 size;
+};
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
 #include <linux/ioasid.h>
@@ -51,6 +71,11 @@ struct engine {
 	struct mutex pages;
 	struct pci_dev *pci;		/* NULL once unplugged; changed under both locks */
 	struct list_head openers;
+	struct opener *joined;		/* whose the domain is */
+	struct iommu_domain *domain;
+	unsigned long own;		/* a page that can be mapped there */
+	bool interrupts;
+	atomic_t count;
 	struct miscdevice misc;
 	char name[48];
 };
@@ -67,7 +92,10 @@ struct opener {
 
 static void engine_free(struct kref *kref)
 {
-	kfree(container_of(kref, struct engine, kref));
+	struct engine *engine = container_of(kref, struct engine, kref);
+
+	free_page(engine->own);
+	kfree(engine);
 }
 
 static void opener_unbind(struct opener *opener)
@@ -75,6 +103,99 @@ static void opener_unbind(struct opener *opener)
 	if (opener->sva)
 		iommu_sva_unbind_device(opener->sva);
 	opener->sva = NULL;
+}
+
+static long engine_join(struct engine *engine, struct opener *opener)
+{
+	struct iommu_domain *domain;
+	int result;
+
+	if (!engine->pci)
+		return -ENODEV;
+	if (engine->domain)
+		return -EBUSY;
+	if (!engine->own)
+		engine->own = get_zeroed_page(GFP_KERNEL);
+	if (!engine->own)
+		return -ENOMEM;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 11, 0)
+	domain = iommu_domain_alloc(&pci_bus_type);
+	if (!domain)
+		return -ENODEV;
+#else
+	domain = iommu_paging_domain_alloc(&engine->pci->dev);
+	if (IS_ERR(domain))
+		return PTR_ERR(domain);
+#endif
+	result = iommu_attach_device(domain, &engine->pci->dev);
+	if (result) {
+		iommu_domain_free(domain);
+		return result;
+	}
+	engine->domain = domain;
+	engine->joined = opener;
+	return 0;
+}
+
+static void engine_leave(struct engine *engine, struct opener *opener)
+{
+	if (!engine->domain || engine->joined != opener)
+		return;
+	iommu_detach_device(engine->domain, &engine->pci->dev);
+	iommu_domain_free(engine->domain);
+	engine->domain = NULL;
+	engine->joined = NULL;
+}
+
+static long engine_map(struct engine *engine, const void __user *from, bool map)
+{
+	struct engine_mapping mapping;
+	phys_addr_t place;
+
+	if (copy_from_user(&mapping, from, sizeof(mapping)))
+		return -EFAULT;
+	if (!engine->domain)
+		return -ENODEV;
+	if (!map)
+		return iommu_unmap(engine->domain, mapping.iova, mapping.size) == mapping.size ?
+			0 : -EINVAL;
+	place = mapping.place == MAP_OWN ? virt_to_phys((void *)engine->own) : mapping.place;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+	return iommu_map(engine->domain, mapping.iova, place, mapping.size,
+			IOMMU_READ | IOMMU_WRITE);
+#else
+	return iommu_map(engine->domain, mapping.iova, place, mapping.size,
+			IOMMU_READ | IOMMU_WRITE, GFP_KERNEL);
+#endif
+}
+
+static irqreturn_t engine_interrupt(int irq, void *data)
+{
+	struct engine *engine = data;
+
+	atomic_inc(&engine->count);
+	return IRQ_HANDLED;
+}
+
+static long engine_interrupts(struct engine *engine, __u32 __user *to)
+{
+	int result;
+
+	if (!engine->pci)
+		return -ENODEV;
+	if (!engine->interrupts) {
+		result = pci_alloc_irq_vectors(engine->pci, 1, 1, PCI_IRQ_MSIX);
+		if (result < 0)
+			return result;
+		result = request_irq(pci_irq_vector(engine->pci, 0), engine_interrupt, 0,
+				"dma_engine", engine);
+		if (result) {
+			pci_free_irq_vectors(engine->pci);
+			return result;
+		}
+		engine->interrupts = true;
+	}
+	return put_user(atomic_read(&engine->count), to);
 }
 
 static int engine_open(struct inode *inode, struct file *file)
@@ -104,6 +225,7 @@ static int engine_release(struct inode *inode, struct file *file)
 
 	mutex_lock(&engine->lock);
 	opener_unbind(opener);
+	engine_leave(engine, opener);
 	list_del(&opener->link);
 	mutex_unlock(&engine->lock);
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
@@ -180,6 +302,20 @@ static long engine_ioctl(struct file *file, unsigned int command, unsigned long 
 		break;
 	case DMA_ENGINE_PASID:
 		result = opener_pasid(opener, (__u32 __user *)argument);
+		break;
+	case DMA_ENGINE_JOIN:
+		result = engine_join(opener->engine, opener);
+		break;
+	case DMA_ENGINE_LEAVE:
+		engine_leave(opener->engine, opener);
+		break;
+	case DMA_ENGINE_MAP:
+	case DMA_ENGINE_UNMAP:
+		result = engine_map(opener->engine, (void __user *)argument,
+				command == DMA_ENGINE_MAP);
+		break;
+	case DMA_ENGINE_INTERRUPTS:
+		result = engine_interrupts(opener->engine, (__u32 __user *)argument);
 		break;
 	default:
 		result = -ENOTTY;
@@ -284,6 +420,12 @@ static void engine_remove(struct pci_dev *pci)
 
 	misc_deregister(&engine->misc);
 	mutex_lock(&engine->lock);
+	engine_leave(engine, engine->joined);
+	if (engine->interrupts) {
+		free_irq(pci_irq_vector(pci, 0), engine);
+		pci_free_irq_vectors(pci);
+		engine->interrupts = false;
+	}
 	mutex_lock(&engine->pages);
 	engine->pci = NULL;
 	mutex_unlock(&engine->pages);

@@ -7,6 +7,7 @@
 //! [`map_benchmark`] has the kernel measure itself. [`checks`] are the tests that `dma-engine CHECK ADDRESS` runs in a guest.
 
 pub mod checks;
+pub mod doorbell;
 mod fork;
 mod ioctl;
 pub mod map_benchmark;

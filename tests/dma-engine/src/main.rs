@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use dma_engine::{checks, map_benchmark, process_checks};
+use dma_engine::{checks, doorbell, map_benchmark, process_checks};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -35,6 +35,7 @@ fn run(words: &[&str]) -> Result<()> {
             checks::interrupts_counted(address, rounds, Duration::from_secs(seconds))
         }
         ["forge", address] => checks::forge(address),
+        ["doorbell", address] => doorbell::check(address),
         ["pasid", address] => checks::pasid(address),
         ["sva", address] => checks::sva(address, 1),
         ["sva", address, processes] => {
@@ -64,7 +65,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["reuse", address] => checks::reuse(address),
         ["hold", address] => checks::hold(address),
         _ => bail!(
-            "usage: dma-engine blocked|vfio|interrupts|forge|together|cdev|pasid|sva|heap|fork|unmap|reuse|apart|\
+            "usage: dma-engine blocked|vfio|interrupts|forge|doorbell|together|cdev|pasid|sva|heap|fork|unmap|reuse|apart|\
              counts|hold ADDRESS [ADDRESS|PROCESSES]"
         ),
     }

@@ -14,7 +14,7 @@ const UNBIND: u64 = 0x4e02;
 /// `_IOR('N', 3, __u32)`.
 const PASID: u64 = 0x8004_4e03;
 
-fn node(address: &str) -> Result<File> {
+pub(crate) fn node(address: &str) -> Result<File> {
     let path = format!("/dev/dma-engine-{address}");
     let node = OpenOptions::new().read(true).write(true).open(&path);
     node.with_context(|| format!("cannot open {path}; load dma_engine.ko"))

@@ -8,9 +8,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::{Guest, Lab, Machine, Test, show, until};
+use crate::hotplug::gone;
 use crate::vtd::disk_keeps;
 
 /// The tests.
@@ -242,6 +243,9 @@ fn waiting(units: &Value) -> u64 {
 /// How many PASIDs each VM of [`virtual_commands`] may own.
 const QUOTA: u64 = 8;
 
+/// How often the engine comes and goes there.
+const PLUGGED: u32 = 3;
+
 /// Ends the processes of [`hold`].
 const FREE: &str = "killall -9 dma-engine";
 
@@ -308,6 +312,25 @@ fn are_free(in_use: &dyn Fn() -> Result<u64>) -> Result<()> {
     }
 }
 
+/// The engine comes and goes, while processes have PASIDs on it: none is left when they have ended,
+/// and those on the engine that comes next get theirs from the host again.
+fn plugged(guest: &mut Machine, in_use: impl Fn() -> Result<u64>) -> Result<()> {
+    let api = guest.api();
+    for _ in 0..PLUGGED {
+        api.put("vm.remove-device", &gone("engine"))?;
+        guest.run(FREE)?;
+        are_free(&in_use)?;
+        let engine = json!({"id": "engine", "iommu": true});
+        let at = api.put("vm.add-test-device", &engine)?["bdf"].take();
+        let at = at.as_str().context("no bdf")?;
+        guest.run_within(SLOW, &until(&format!("[ -e /dev/dma-engine-{at} ]")))?;
+        hold(guest, 3)?;
+        let held = in_use()?;
+        ensure!(held == 3, "{held} PASIDs are in use, not 3");
+    }
+    Ok(())
+}
+
 fn virtual_commands(lab: &Lab) -> Result<()> {
     let folder = lab.file("pasids");
     fs::create_dir_all(&folder)?;
@@ -316,7 +339,11 @@ fn virtual_commands(lab: &Lab) -> Result<()> {
             "name={name},pasid_directory={},pasid_quota={QUOTA}",
             folder.display()
         );
-        let guest = guest("6.1").option("--viommu", "type=vtd,vcmd=on");
+        let guest = Guest::debian("6.1").cpus(2).cmdline("intel_iommu=on");
+        let guest = guest.option("--test-device", "iommu=on,id=engine");
+        let guest = guest
+            .option("--viommu", "type=vtd,vcmd=on")
+            .api_at(lab, name);
         guest.option("--platform", &platform)
     };
     // Nothing is half there: what cannot be had is refused before the guest runs.
@@ -388,6 +415,8 @@ fn virtual_commands(lab: &Lab) -> Result<()> {
     two.run(FREE)?;
     are_free(&|| Ok(owner("two")?.in_use))?;
     hold(&mut two, 3)?;
+
+    plugged(&mut two, || Ok(owner("two")?.in_use))?;
 
     // A VM that is killed leaves nothing.
     one.signal(libc::SIGKILL)?;

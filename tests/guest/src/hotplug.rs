@@ -10,9 +10,11 @@ use serde_json::{Value, json};
 
 use crate::harness::api::{Answer, Api};
 use crate::harness::bound::Bound;
+use crate::harness::kernel::{self, Kept};
 use crate::harness::process::{self, Holding};
-use crate::harness::{Guest, Lab, Machine, Test, show, tap::Tap, until};
+use crate::harness::{Guest, Lab, Machine, Test, load, show, tap::Tap, until};
 use crate::net::exchange;
+use crate::passthrough::Reserved;
 
 /// The tests.
 pub const TESTS: &[Test] = &[
@@ -90,6 +92,7 @@ struct Before {
     viommus: Value,
     addresses: String,
     holding: Holding,
+    kept: Kept,
 }
 
 impl Plugging {
@@ -204,6 +207,12 @@ impl Plugging {
             now.holding,
             process::descriptors(self.guest.pid())
         );
+        ensure!(
+            now.kept == before.kept,
+            "the host's kernel had {:?}, now it has {:?}",
+            before.kept,
+            now.kept
+        );
         Ok(())
     }
 }
@@ -220,6 +229,7 @@ impl Before {
             viommus,
             addresses,
             holding: process::holding(guest.pid())?,
+            kept: kernel::kept(guest.pid())?,
         })
     }
 
@@ -229,6 +239,7 @@ impl Before {
             && self.viommus == other.viommus
             && self.addresses == other.addresses
             && held(self) == held(other)
+            && self.kept == other.kept
     }
 }
 
@@ -246,7 +257,7 @@ fn without_counts(viommus: Value) -> Value {
 }
 
 /// What asks for the removal of the device `id`, and gives a slow guest the time that it needs.
-fn gone(id: impl Into<Value>) -> Value {
+pub(crate) fn gone(id: impl Into<Value>) -> Value {
     json!({"id": id.into(), "timeout": SLOW.as_secs()})
 }
 
@@ -279,6 +290,18 @@ fn disk_keeps(guest: &mut Machine, bdf: &str, mib: u32) -> Result<String> {
         "written and read back are not the same: {out}"
     );
     Ok(sums[0].split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// The sum of the first MiBs of a disk, which is not asked of a cache.
+fn sum_of(guest: &mut Machine, name: &str, mib: u32) -> Result<String> {
+    let said = guest.run_within(
+        SLOW,
+        &format!(
+            "echo 3 > /proc/sys/vm/drop_caches; \
+             dd if=/dev/{name} bs=1M count={mib} 2> /dev/null | sha256sum"
+        ),
+    )?;
+    Ok(said.split(' ').next().unwrap_or_default().to_owned())
 }
 
 /// The first MiBs of a file of the host.
@@ -324,11 +347,8 @@ fn come_and_go(lab: &Lab, guest: Guest, viommu: Option<&str>) -> Result<()> {
     clients_at_once(&vm, &second, &tap)?;
     // The others come and go while the first one works.
     let name = block(&mut vm.guest, &at)?;
-    vm.guest.run(&format!(
-        "(while [ ! -e /tmp/stop ]; do echo 3 > /proc/sys/vm/drop_caches; \
-         dd if=/dev/{name} bs=64k count=64 of=/dev/null; done; touch /tmp/stopped) \
-         > /dev/null 2>&1 < /dev/null &"
-    ))?;
+    let synced = sum_of(&mut vm.guest, &name, 4)?;
+    load::begin(&mut vm.guest, &name, 8)?;
     let card = vm.add("net", json!({"tap": tap.name(), "id": "card"}))?;
     card_works(lab, &mut vm.guest, &card)?;
     let other = vm.add("disk", disk(&second, "second"))?;
@@ -362,15 +382,14 @@ fn come_and_go(lab: &Lab, guest: Guest, viommu: Option<&str>) -> Result<()> {
     ensure!(engine["id"] == "engine", "{engine}");
     vm.api.put("vm.remove-device", &gone("engine"))?;
 
-    // The last one goes with reads under way, which its driver loses.
+    // The last one goes with reads and writes under way, which its driver loses.
     let log = vm.guest.run("dmesg -r")?;
     vm.guest
         .run("mkdir -p /tmp/log && dmesg -r > /tmp/log/before")?;
     ensure!(!log.contains("I/O error"), "I/O errors:\n{log}");
     vm.remove("first", &at)?;
-    let stopped = until("[ -e /tmp/stopped ]");
-    vm.guest
-        .run(&format!("touch /tmp/stop; {stopped}; dmesg -c > /dev/null"))?;
+    load::end(&mut vm.guest)?;
+    begins_with(&first, 4, &synced)?;
     vm.nothing_is_left()?;
     vm.guest.power_off()?;
     Ok(())
@@ -565,6 +584,10 @@ fn stubborn(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// The host's kernel may take this much more for itself between two looks at it: what it keeps for
+/// each CPU comes and goes in pieces.
+const KERNELS_KIB: u64 = 4096;
+
 /// One after the other; each comes without a name, works and goes.
 fn cycles(lab: &Lab, guest: Guest, viommu: Option<&str>, count: u32) -> Result<()> {
     let image = lab.image("disk", 16)?;
@@ -579,16 +602,23 @@ fn cycles(lab: &Lab, guest: Guest, viommu: Option<&str>, count: u32) -> Result<(
         vm.remove("disk", &disk)?;
         vm.remove("card", &card)?;
         if n == 9 {
-            early = Some(process::holding(vm.guest.pid())?);
+            let holding = process::holding(vm.guest.pid())?;
+            early = Some((holding, kernel::unreclaimable_kib()?));
         }
     }
     vm.nothing_is_left()?;
     let now = process::holding(vm.guest.pid())?;
-    if let Some(early) = early {
+    let kernels = kernel::unreclaimable_kib()?;
+    if let Some((early, before)) = early {
         show(format!(
-            "own memory after 10 cycles {} KiB, after {count} {} KiB",
+            "own memory after 10 cycles {} KiB, after {count} {} KiB; the host's kernel's {before} \
+             KiB and {kernels} KiB",
             early.own_kib, now.own_kib
         ));
+        ensure!(
+            kernels <= before + KERNELS_KIB,
+            "the memory of the host's kernel grew from {before} to {kernels} KiB"
+        );
         ensure!(
             now.own_kib <= early.own_kib + 2048,
             "nestling's own memory grew from {early:?} to {now:?}"
@@ -615,9 +645,29 @@ fn nvme(lab: &Lab, count: u32) -> Result<()> {
         Some("type=virtio,id=unit"),
     ] {
         let mut vm = Plugging::boot_with(lab, &drive, viommu)?;
-        for _ in 0..count {
+        in_the_way(&vm, &drive)?;
+        let mut kept = None;
+        let mut synced = None;
+        for n in 0..count {
             let at = vm.add("device", json!({"path": path, "id": "drive"}))?;
-            disk_keeps(&mut vm.guest, &at, 2)?;
+            let name = block(&mut vm.guest, &at)?;
+            if let Some(sum) = synced.take() {
+                let found = sum_of(&mut vm.guest, &name, 2)?;
+                ensure!(found == sum, "{sum} was synced, the drive has {found}");
+            }
+            let sum = disk_keeps(&mut vm.guest, &at, 2)?;
+            // Every time the host's kernel has as much for it.
+            let now = kernel::kept(vm.guest.pid())?;
+            let now = (now.objects, now.interrupts, now.pinned_kib);
+            ensure!(
+                kept.get_or_insert_with(|| now.clone()) == &now,
+                "the host's kernel had {kept:?} with the drive, now it has {now:?}"
+            );
+            if n == 0 {
+                show(format!("the host's kernel has {now:?} with the drive"));
+                load::begin(&mut vm.guest, &name, 8)?;
+                synced = Some(sum);
+            }
             if viommu.is_some() {
                 let state = vm.api.get(&format!("vm.viommu?endpoint={at}"))?;
                 let unit = &state["viommus"][0];
@@ -629,6 +679,9 @@ fn nvme(lab: &Lab, count: u32) -> Result<()> {
             let twice = vm.api.ask("PUT", "vm.add-device", &vm.placed(twice))?;
             refused(&twice, 409, "device-in-use")?;
             vm.remove("drive", &at)?;
+            if n == 0 {
+                load::end(&mut vm.guest)?;
+            }
         }
         let at = vm.add("device", json!({"path": path, "id": "drive"}))?;
         block(&mut vm.guest, &at)?;
@@ -637,6 +690,19 @@ fn nvme(lab: &Lab, count: u32) -> Result<()> {
             .run(&format!("! [ -e /sys/bus/pci/devices/{at} ]"))?;
         vm.nothing_is_left()?;
         vm.guest.power_off()?;
+    }
+    Ok(())
+}
+
+/// The host reserves for the drive what this guest has as RAM.
+fn in_the_way(vm: &Plugging, drive: &Bound) -> Result<()> {
+    let _reserved = Reserved::new(drive, "0x0000000008000000 0x00000000080fffff direct")?;
+    let config = json!({"path": drive.sysfs().display().to_string(), "id": "drive"});
+    let answer = vm.api.ask("PUT", "vm.add-device", &vm.placed(config))?;
+    refused(&answer, 422, "capability-mismatch")?;
+    let said = answer.body.to_string();
+    for part in ["0x8000000-0x80fffff", "has RAM", "reserve=host"] {
+        ensure!(said.contains(part), "no {part} in {said}");
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::engine::address;
 use crate::harness::bound::Bound;
-use crate::harness::{Guest, Lab, Machine, Test, tap::Tap, until};
+use crate::harness::{Guest, Lab, Machine, Test, dmesg, tap::Tap, until};
 use crate::net::exchange;
 use crate::passthrough::{NVME, drive_keeps, rebind, without_messages};
 use crate::vtd::{disk_keeps, groups_are};
@@ -24,8 +24,7 @@ pub const TESTS: &[Test] = &[
     }),
     Test::new("stock_6_1_moves_them_under_load", |lab| {
         remapped(lab, "6.1", 4)
-    })
-    .on_request(),
+    }),
     Test::new(
         "forged_ones_are_faults_and_vfio_needs_no_unsafe_option",
         |lab| engine(lab, "6.12"),
@@ -303,6 +302,17 @@ fn nvme(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// How many faults there were; the last message that was lost names the doorbell.
+fn missed(guest: &Machine) -> Result<u64> {
+    let unit = unit(guest)?;
+    ensure!(
+        unit["faults"]["missed_doorbell"]["doorbell"] == 0xfee0_0000_u64,
+        "the unit does not name the doorbell: {unit:#}"
+    );
+    let count = unit["faults"]["reported"].as_u64();
+    count.with_context(|| format!("no count of faults in {unit:#}"))
+}
+
 /// A stock kernel maps the doorbell where everything is mapped to itself, and nowhere else.
 fn mapped_doorbell(lab: &Lab) -> Result<()> {
     let image = lab.image("disk", 32)?;
@@ -330,12 +340,7 @@ fn mapped_doorbell(lab: &Lab) -> Result<()> {
         lost.status != 0 && lost.stderr.contains("interrupts: [0, 0,"),
         "interrupts without a way: {lost:?}"
     );
-    let unit = &guest.viommus()?[0];
-    let missed = &unit["faults"]["missed_doorbell"];
-    ensure!(
-        missed["doorbell"] == 0xfee0_0000_u64,
-        "the unit does not name the doorbell: {unit:#}"
-    );
+    missed(&guest)?;
     let told = until("dmesg | grep -q 'fault from EP.*at 0xfee0'");
     let told = guest.try_run(SLOW, &told)?.status == 0;
     let log = guest.run("dmesg -c")?;
@@ -344,12 +349,27 @@ fn mapped_doorbell(lab: &Lab) -> Result<()> {
         "the guest's kernel logs no fault at the doorbell: {log}"
     );
 
+    // A driver that has it in its own hands.
+    let before = missed(&guest)?;
+    guest.run("insmod /lib/modules/dma_engine.ko")?;
+    crate::harness::show(guest.run_within(SLOW, &format!("dma-engine doorbell {at}"))?);
+    let now = missed(&guest)?;
+    ensure!(
+        now >= before + 12,
+        "{before} faults before twelve interrupts were lost, {now} after them"
+    );
     // The other device's never stopped.
     disk_keeps(&mut guest, &image)?;
     ensure!(
         came(&mut guest)? > after,
         "the disk's interrupts do not arrive any more"
     );
+    let log = guest.run("dmesg -rc")?;
+    let (faults, others): (Vec<&str>, Vec<&str>) =
+        log.lines().partition(|line| line.contains("fault from EP"));
+    let other = faults.iter().find(|line| !line.contains("at 0xfee0"));
+    ensure!(other.is_none(), "a fault is not at the doorbell: {other:?}");
+    dmesg::check("the guest's kernel", &others.join("\n"))?;
     guest.power_off()?;
     Ok(())
 }

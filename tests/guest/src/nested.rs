@@ -130,6 +130,7 @@ fn in_force(machine: &Machine) -> Result<Vec<(String, String)>> {
 fn devices(lab: &Lab) -> Result<()> {
     let disk = Bound::with_ids("0x1af4", "0x1042")?;
     let dma = Bound::with_ids(ENGINE.0, ENGINE.1)?;
+    too_narrow(lab, &dma)?;
     // Its clocks are a guest's of a guest: not stable, which tracing would mention.
     let mut guest = Guest::debian("7.2")
         .cmdline("intel_iommu=on iommu.strict=1 trace_clock=global")
@@ -148,7 +149,9 @@ fn devices(lab: &Lab) -> Result<()> {
     )?;
     group_is(&mut guest, "DMA-FQ")?;
     keeps(&mut guest)?;
-    rebind(&mut guest)?;
+    rebind(&mut guest, "identity")?;
+    keeps(&mut guest)?;
+    rebind(&mut guest, "DMA")?;
     keeps(&mut guest)?;
     first_stage(&guest.viommus()?)?;
     wrong_table(&mut guest)?;
@@ -323,17 +326,38 @@ fn group_is(guest: &mut Machine, expected: &str) -> Result<()> {
     Ok(())
 }
 
-/// Takes the drive's driver away and gives it back.
-fn rebind(guest: &mut Machine) -> Result<()> {
+/// Takes the drive's driver away and gives it back in a domain of this type: between nested tables
+/// and the host's own, its interrupts go on.
+fn rebind(guest: &mut Machine, domain: &str) -> Result<()> {
     guest.run_within(
         SLOW,
         &format!(
             "d=$(basename $(dirname $(ls -d /sys/bus/virtio/devices/*/block))); \
              a=$(basename $(readlink -f /sys/bus/virtio/devices/$d/..)); \
-             cd /sys/bus/pci/drivers/virtio-pci && echo $a > unbind && echo $a > bind || exit 1; {}",
+             cd /sys/bus/pci/drivers/virtio-pci && echo $a > unbind && \
+             echo {domain} > /sys/bus/pci/devices/$a/iommu_group/type && echo $a > bind || exit 1; {}",
             until("[ -b /dev/vda ]")
         ),
     )?;
+    group_is(guest, domain)
+}
+
+/// A device whose addresses are narrower than what CPUs translate shares no process's tables.
+fn too_narrow(lab: &Lab, dma: &Bound) -> Result<()> {
+    let ended = Guest::debian("7.2")
+        .memory("size=128M")
+        .option("--viommu", "type=vtd")
+        .option("--device", &dma.option(",iommu=on,pasid=on,dma_width=40"))
+        .start(lab)?
+        .wait(SLOW)?;
+    let said = ended.said.trim();
+    let words = ["pasid=on", "40 bits", "CPUs translate", "dma_width="];
+    ensure!(
+        ended.status != 0 && words.iter().all(|word| said.contains(word)),
+        "a device of 40 bits that is to have PASIDs: status {}, {said}",
+        ended.status
+    );
+    show(said);
     Ok(())
 }
 

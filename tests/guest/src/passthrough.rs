@@ -4,17 +4,19 @@
 //! That unit cannot nest. So guests get no vIOMMU, or one with second-stage tables, which nestling
 //! mirrors; asking for first-stage tables is refused before the guest starts.
 
+use std::ffi::OsStr;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::bound::Bound;
 use crate::harness::huge::HugePages;
-use crate::harness::{Guest, Lab, Machine, Test, show, until};
+use crate::harness::{Guest, Lab, Machine, Test, load, process, show, until};
+use crate::hotplug::gone;
 use crate::net::exchange;
 
 /// The tests.
@@ -37,6 +39,7 @@ pub const TESTS: &[Test] = &[
     .profile("vtd"),
     // Nothing is said of the mode: this host cannot nest.
     Test::new("an_nvme_drive_works_on_a_host_of_47_bits", |lab| {
+        too_wide(lab)?;
         behind(lab, "type=vtd", "intel_iommu=on", "DMA", "stage2")
     })
     .profile("vtd-scalable"),
@@ -74,8 +77,7 @@ pub const TESTS: &[Test] = &[
         "a_network_card_works_behind_a_virtio_iommu_that_is_flushed_at_once",
         |lab| network(lab, "iommu.strict=1", "type=virtio", "DMA", 256 << 10),
     )
-    .profile("vtd")
-    .on_request(),
+    .profile("vtd"),
     Test::new(
         "a_network_card_works_in_a_virtio_iommus_bypass_domain",
         |lab| {
@@ -83,8 +85,7 @@ pub const TESTS: &[Test] = &[
             network(lab, words, "type=virtio", "identity", 1 << 20)
         },
     )
-    .profile("vtd")
-    .on_request(),
+    .profile("vtd"),
     Test::new("an_nvme_drive_keeps_a_gibibyte", gibibyte)
         .profile("vtd")
         .limit(900)
@@ -94,10 +95,18 @@ pub const TESTS: &[Test] = &[
         by_its_group,
     )
     .profile("vtd"),
+    Test::new(
+        "a_device_reaches_the_registers_of_another_until_it_goes",
+        peers,
+    )
+    .profile("vtd")
+    .faults(),
     Test::new("a_device_that_cannot_be_had_is_refused", refusals).profile("vtd"),
 ];
 
 pub(crate) const NVME: &str = "0000:00:10.0";
+/// A device of QEMU's for lessons, which no driver of Linux has.
+const EDU: &str = "0000:00:12.0";
 const SLOW: Duration = Duration::from_secs(400);
 
 fn without_viommu(lab: &Lab) -> Result<()> {
@@ -108,14 +117,7 @@ fn without_viommu(lab: &Lab) -> Result<()> {
     drive_keeps(&mut guest)?;
     function_level_reset(&mut guest)?;
     drive_keeps(&mut guest)?;
-    let before = guest.run("sha256sum < /dev/nvme0n1")?;
-    busy(&mut guest)?;
-    guest.restart_by(RESET)?;
-    let after = guest.run_within(SLOW, "sha256sum < /dev/nvme0n1")?;
-    ensure!(
-        before == after,
-        "before the reboot the drive had {before}, now it has {after}"
-    );
+    reset_while_busy(&mut guest)?;
     drive_keeps(&mut guest)?;
     without_messages(&mut guest)?;
     drive_keeps(&mut guest)?;
@@ -142,8 +144,7 @@ fn behind(lab: &Lab, unit: &str, cmdline: &str, group: &str, translation: &str) 
     drive_keeps(&mut guest)?;
     guest.restart_by("reboot -f")?;
     drive_keeps(&mut guest)?;
-    busy(&mut guest)?;
-    guest.restart_by(RESET)?;
+    reset_while_busy(&mut guest)?;
     drive_keeps(&mut guest)?;
     let units = guest.viommus()?;
     translation_is(&units, translation)?;
@@ -170,9 +171,7 @@ fn behind_virtio(lab: &Lab, cmdline: &str, wanted: &str) -> Result<()> {
     unbind(&mut guest)?;
     guest.restart_by("reboot -f")?;
     drive_keeps(&mut guest)?;
-    // At once, with reads in flight.
-    busy(&mut guest)?;
-    guest.restart_by(RESET)?;
+    reset_while_busy(&mut guest)?;
     drive_keeps(&mut guest)?;
     let units = guest.viommus()?;
     in_a_domain(&units, wanted == "identity")?;
@@ -356,29 +355,56 @@ pub(crate) fn drive_keeps(guest: &mut Machine) -> Result<()> {
 /// Restarts the machine at once: no driver is asked to stop.
 const RESET: &str = "echo b > /proc/sysrq-trigger";
 
-/// Keeps the drive reading from here on.
-fn busy(guest: &mut Machine) -> Result<()> {
-    guest.run(
-        "for n in 1 2; do (while :; do echo 3 > /proc/sys/vm/drop_caches; \
-         cat /dev/nvme0n1; done) > /dev/null 2>&1 < /dev/null & done; sleep 1",
-    )?;
+/// A part of the drive that [`drive_keeps`] leaves alone, in MiB.
+const BESIDE: u32 = 40;
+
+/// The sum of what [`drive_keeps`] has left on the drive, which is not asked of a cache.
+fn kept(guest: &mut Machine) -> Result<String> {
+    guest.run_within(
+        SLOW,
+        &format!(
+            "{}; echo 3 > /proc/sys/vm/drop_caches; \
+             dd if=/dev/nvme0n1 bs=1M skip=24 count=2 2> /dev/null | sha256sum",
+            until("[ -b /dev/nvme0n1 ]")
+        ),
+    )
+}
+
+/// The machine restarts at once, with DMA of the drive in flight both ways; what was synced before
+/// is there afterwards.
+fn reset_while_busy(guest: &mut Machine) -> Result<()> {
+    let before = kept(guest)?;
+    load::begin(guest, "nvme0n1", BESIDE)?;
+    guest.restart_by(RESET)?;
+    let after = kept(guest)?;
+    ensure!(
+        before == after,
+        "before the reset the drive had {before}, now it has {after}"
+    );
     Ok(())
 }
 
-/// The guest resets the drive by itself, while its driver has it and reads from it.
+/// The guest resets the drive by itself, while its driver has it, reads from it and writes to it;
+/// what was synced before is there afterwards.
 fn function_level_reset(guest: &mut Machine) -> Result<()> {
+    let before = kept(guest)?;
+    load::begin(guest, "nvme0n1", BESIDE)?;
     let methods = guest.run_within(
         SLOW,
         &format!(
-            "cd /sys/bus/pci/drivers/nvme/0000:*; cat reset_method; \
-             (dd if=/dev/nvme0n1 of=/dev/null bs=64k count=256 2> /dev/null) & \
-             echo 1 > reset && wait; {}",
+            "cd /sys/bus/pci/drivers/nvme/0000:*; cat reset_method; echo 1 > reset || exit 1; {}",
             until("[ \"$(cat nvme/nvme0/state)\" = live ]")
         ),
     )?;
     ensure!(
         methods.split_whitespace().any(|method| method == "flr"),
         "the drive has no function-level reset for the guest, only {methods}"
+    );
+    load::end(guest)?;
+    let after = kept(guest)?;
+    ensure!(
+        before == after,
+        "before its reset the drive had {before}, now it has {after}"
     );
     Ok(())
 }
@@ -462,24 +488,27 @@ fn translation_is(units: &Value, kind: &str) -> Result<()> {
     Ok(())
 }
 
+/// A guest with these options is refused before it starts, in one sentence that has these words.
+pub(crate) fn refused(lab: &Lab, options: &[(&str, &str)], words: &[&str]) -> Result<()> {
+    let mut guest = Guest::lab_kernel();
+    for (name, value) in options {
+        guest = guest.option(name, value);
+    }
+    let ended = guest.start(lab)?.wait(SLOW)?;
+    let said = ended.said.trim();
+    ensure!(
+        ended.status != 0 && said.lines().count() == 1,
+        "{options:?} was not refused in one line: {said}"
+    );
+    for word in words {
+        ensure!(said.contains(word), "{options:?}: no {word:?} in: {said}");
+    }
+    Ok(())
+}
+
 /// Each is refused in one sentence with the remedy, and nothing is left behind.
 fn refusals(lab: &Lab) -> Result<()> {
-    let says = |options: &[(&str, &str)], words: &[&str]| -> Result<()> {
-        let mut guest = Guest::lab_kernel();
-        for (name, value) in options {
-            guest = guest.option(name, value);
-        }
-        let ended = guest.start(lab)?.wait(SLOW)?;
-        let said = ended.said.trim();
-        ensure!(
-            ended.status != 0 && said.lines().count() == 1,
-            "{options:?} was not refused in one line: {said}"
-        );
-        for word in words {
-            ensure!(said.contains(word), "{options:?}: no {word:?} in: {said}");
-        }
-        Ok(())
-    };
+    let says = |options: &[(&str, &str)], words: &[&str]| refused(lab, options, words);
     let sysfs = format!("path=/sys/bus/pci/devices/{NVME}");
     says(&[("--device", "path=/nowhere")], &["/nowhere", "lspci"])?;
     says(&[("--device", &sysfs)], &[NVME, "vfio-pci", "doctor"])?;
@@ -497,6 +526,25 @@ fn refusals(lab: &Lab) -> Result<()> {
         &["/dev/iommu", "nestling doctor"],
     )?;
     drop((iommufd, container));
+    // More than this host's IOMMU translates, and PASIDs, which it does not have.
+    for (unit, device, words) in [
+        (
+            "type=vtd,address_width=57",
+            ",iommu=on",
+            &["address_width=57", "48 bits", "leave address_width out"][..],
+        ),
+        (
+            "type=vtd",
+            ",iommu=on,pasid=on,dma_width=40",
+            &[NVME, "pasid=on", "leave it to auto"],
+        ),
+    ] {
+        says(
+            &[("--viommu", unit), ("--device", &drive.option(device))],
+            words,
+        )?;
+    }
+    in_the_way(lab, &drive)?;
     says(
         &[
             ("--device", &drive.option(",iommu=on")),
@@ -529,6 +577,86 @@ fn refusals(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// This host translates 47 bits.
+fn too_wide(lab: &Lab) -> Result<()> {
+    let drive = Bound::new(NVME)?;
+    refused(
+        lab,
+        &[
+            ("--viommu", "type=vtd,address_width=48"),
+            ("--device", &drive.option(",iommu=on")),
+        ],
+        &["address_width=48", "47 bits", "leave address_width out"],
+    )
+}
+
+/// Guest memory is laid out around what the host reserves for a device; where nothing can be laid
+/// around it, that is said.
+fn in_the_way(lab: &Lab, drive: &Bound) -> Result<()> {
+    let device = drive.option("");
+    for (region, words) in [
+        // Where the kernel is loaded.
+        (
+            "0x0000000000100000 0x00000000001fffff direct",
+            &[
+                NVME,
+                "0x100000-0x1fffff",
+                "must boot",
+                "leave that device out",
+            ][..],
+        ),
+        // Everything between 3 and 4 GiB.
+        (
+            "0x00000000c0000000 0x00000000ffffffff reserved",
+            &[
+                NVME,
+                "0xc0000000-0xfedfffff",
+                "no room",
+                "leave a device out",
+            ],
+        ),
+        // All but a little of what lies above.
+        (
+            "0x0000000008000000 0x00000000bfffffff reserved\n\
+             0x0000000100000000 0xffffffffffffffff reserved",
+            &["memory size=512M", "does not fit", "reserved", "give less"],
+        ),
+    ] {
+        let _reserved = Reserved::new(drive, region)?;
+        refused(lab, &[("--device", &device)], words)?;
+    }
+    Ok(())
+}
+
+/// What the host says that it reserves for a device, until the value is dropped. No IOMMU of the
+/// emulated hosts reserves anything but the addresses of messages.
+pub(crate) struct Reserved(PathBuf);
+
+impl Reserved {
+    /// `regions` in the words of sysfs.
+    pub(crate) fn new(drive: &Bound, regions: &str) -> Result<Self> {
+        let place = fs::canonicalize(drive.sysfs().join("iommu_group/reserved_regions"))?;
+        let file = std::env::temp_dir().join(format!("reserved-{}", std::process::id()));
+        let before = fs::read_to_string(&place)?;
+        fs::write(&file, format!("{before}{regions}\n"))?;
+        mount(&["--bind".as_ref(), file.as_os_str(), place.as_os_str()])?;
+        let _ = fs::remove_file(file);
+        Ok(Self(place))
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+fn mount(words: &[&OsStr]) -> Result<()> {
+    let mounted = Command::new("mount").args(words).status()?;
+    ensure!(mounted.success(), "mount {words:?}");
+    Ok(())
+}
+
 /// A node of the host that is not there, until the value is dropped.
 struct Hidden(&'static str);
 
@@ -556,17 +684,20 @@ fn by_its_group(lab: &Lab) -> Result<()> {
         "the doctor says: {doctor}"
     );
     let mut guest = Guest::lab_kernel()
-        .option("--device", &drive.option(""))
+        .option("--device", &drive.option(",id=drive"))
+        .api(lab)
         .boot(lab)?;
     drive_keeps(&mut guest)?;
     function_level_reset(&mut guest)?;
     drive_keeps(&mut guest)?;
-    busy(&mut guest)?;
-    guest.restart_by(RESET)?;
+    reset_while_busy(&mut guest)?;
     drive_keeps(&mut guest)?;
+    comes_and_goes_by_its_group(&mut guest, &drive)?;
     let said = guest.power_off()?.said;
     ensure!(
-        said.contains("no /dev/iommu") && said.contains("no vIOMMU"),
+        ["no /dev/iommu", "no vIOMMU", "no P2P"]
+            .iter()
+            .all(|part| said.contains(part)),
         "nestling does not say how it has the drive: {said}"
     );
     drop(hidden);
@@ -574,15 +705,114 @@ fn by_its_group(lab: &Lab) -> Result<()> {
     drive.works_on_the_host()
 }
 
+/// It goes and comes as any device does, also beside another one; its group is the host's while it
+/// is away, and what was synced is on it.
+fn comes_and_goes_by_its_group(guest: &mut Machine, drive: &Bound) -> Result<()> {
+    let api = guest.api();
+    let other = Bound::new(EDU)?;
+    let add = |device: &Bound, id: &str| -> Result<String> {
+        let path = device.sysfs().display().to_string();
+        let added = api.put("vm.add-device", &json!({"path": path, "id": id}))?;
+        Ok(added["bdf"].as_str().context("no bdf")?.to_owned())
+    };
+    let remove = |id: &str| api.put("vm.remove-device", &gone(id));
+    for second in [false, true] {
+        let before = kept(guest)?;
+        load::begin(guest, "nvme0n1", BESIDE)?;
+        remove("drive")?;
+        if second {
+            remove("other")?;
+        }
+        guest.run("! [ -e /dev/nvme0n1 ]")?;
+        let left = open_in(guest.pid(), "/dev/vfio/");
+        ensure!(left.is_empty(), "nestling still has {left:?} open");
+        load::end(guest)?;
+        drive.works_on_the_host()?;
+        add(drive, "drive")?;
+        ensure!(kept(guest)? == before, "the drive has other data");
+        drive_keeps(guest)?;
+        if !second {
+            // Another group in the same container.
+            let at = add(&other, "other")?;
+            let there = until(&format!("[ -e {at} ]"));
+            let ids = guest.run_within(
+                SLOW,
+                &format!("cd /sys/bus/pci/devices; {there}; cat {at}/vendor {at}/device"),
+            )?;
+            ensure!(ids == "0x1234\n0x11e8\n", "{at} is {ids}");
+        }
+    }
+    Ok(())
+}
+
+/// What a process has open whose name begins with `prefix`.
+fn open_in(pid: u32, prefix: &str) -> Vec<String> {
+    let mut names = process::descriptors(pid);
+    names.retain(|name| name.starts_with(prefix));
+    names
+}
+
+/// `edu` reads the drive's registers by DMA, into its buffer and from there into RAM.
+const READ_PEER: &str = r"
+set -e
+cd /sys/bus/pci/devices
+for d in *; do
+    case $(cat $d/vendor)-$(cat $d/class) in
+    0x1234-*) edu=$d ;;
+    *-0x010802) drive=$d ;;
+    esac
+done
+place() { head -n 1 $1/resource | cut -d ' ' -f 1; }
+e=$(place $edu)
+[ -z $drive ] || place $drive > /tmp/drive
+n=$(cat /tmp/drive)
+# Memory and bus master.
+printf '\006\000' | dd of=$edu/config bs=1 seek=4 conv=notrunc 2> /dev/null
+dma() {
+    devmem $((e + 0x80)) 64 $1
+    devmem $((e + 0x88)) 64 $2
+    devmem $((e + 0x90)) 64 16
+    devmem $((e + 0x98)) 64 $3
+    for i in $(seq 3000); do
+        [ $(($(devmem $((e + 0x98)) 64) & 1)) = 0 ] && return
+        sleep 0.1
+    done
+    return 1
+}
+dma $n 0x40000 1
+dma 0x40000 0x10000000 3
+echo $(devmem 0x10000000 64) $(devmem 0x10000008 32)
+[ -z $drive ] || echo $(devmem $n 64) $(devmem $((n + 8)) 32)
+";
+
+fn peers(lab: &Lab) -> Result<()> {
+    let (drive, edu) = (Bound::new(NVME)?, Bound::new(EDU)?);
+    // A page of RAM that the guest's kernel leaves alone.
+    let mut guest = Guest::lab_kernel()
+        .cmdline("memmap=64K$0x10000000")
+        .option("--device", &drive.option(",id=drive"))
+        .option("--device", &edu.option(""))
+        .api(lab)
+        .boot(lab)?;
+    let said = guest.run_within(SLOW, READ_PEER)?;
+    let lines: Vec<&str> = said.lines().collect();
+    ensure!(
+        lines.len() == 2 && lines[0] == lines[1] && !lines[0].starts_with("0x0000000000000000"),
+        "by DMA and by the CPU the drive's registers are {said}"
+    );
+    show(format!("the drive's registers are {}", lines[0]));
+    guest.api().put("vm.remove-device", &gone("drive"))?;
+    // The host's IOMMU stops it, and its kernel reports that.
+    show(guest.run_within(SLOW, READ_PEER)?);
+    guest.power_off()?;
+    Ok(())
+}
+
 /// Waits until a nestling has its device open.
 fn in_use(machine: &mut Machine) -> Result<()> {
     let deadline = Instant::now() + SLOW;
     while Instant::now() < deadline {
-        let open = fs::read_dir(format!("/proc/{}/fd", machine.pid()))?
-            .flatten()
-            .filter_map(|fd| fs::read_link(fd.path()).ok())
-            .any(|path| path.starts_with("/dev/vfio/devices"));
-        if open {
+        if !open_in(machine.pid(), "/dev/vfio/devices").is_empty() {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(50));

@@ -166,8 +166,13 @@ impl Guest {
     }
 
     /// With nestling's API.
-    pub fn api(mut self, lab: &Lab) -> Self {
-        let socket = lab.file("api");
+    pub fn api(self, lab: &Lab) -> Self {
+        self.api_at(lab, "api")
+    }
+
+    /// The same on a socket of this name, where there is more than one guest.
+    pub fn api_at(mut self, lab: &Lab, name: &str) -> Self {
+        let socket = lab.file(name);
         self = self.option("--api-socket", &format!("path={}", socket.display()));
         // Disks that come later are there.
         let images = lab.file(".");

@@ -7,6 +7,8 @@ pub mod figures;
 mod guest;
 pub mod huge;
 pub mod iommufd;
+pub mod kernel;
+pub mod load;
 pub mod payload;
 pub mod process;
 pub mod shell;
