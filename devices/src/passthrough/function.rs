@@ -317,6 +317,10 @@ impl VfioPci {
             msix.reset();
         }
         self.disconnect(state);
+        // The kernel puts back after the reset what the command register was before it.
+        if let Err(error) = self.stop_dma() {
+            log::warn!("a device may still do DMA while it is reset: {error}");
+        }
         if let Err(error) = self.hardware.reset() {
             log::warn!("a device was not reset: {error}");
             // Then at least it does no DMA of its own accord.
@@ -325,6 +329,15 @@ impl VfioPci {
             }
         }
         self.reconnect(state);
+    }
+
+    /// Clears Bus Master Enable.
+    fn stop_dma(&self) -> io::Result<()> {
+        const BUS_MASTER: u8 = 1 << 2;
+        let mut command = [0; 2];
+        self.hardware.read(CONFIG, 4, &mut command)?;
+        command[0] &= !BUS_MASTER;
+        self.hardware.write(CONFIG, 4, &command)
     }
 
     /// Reads the expansion ROM: from the device at first, and then what that gave.

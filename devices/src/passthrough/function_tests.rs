@@ -19,6 +19,8 @@ struct Fake {
     backing: TempFile,
     connected: Mutex<BTreeMap<Irq, Vec<i32>>>,
     resets: AtomicUsize,
+    /// Command registers as they were at resets.
+    commands: Mutex<Vec<u8>>,
     unmasked: AtomicUsize,
     peers: bool,
     intx: bool,
@@ -35,6 +37,7 @@ impl Fake {
             backing,
             connected: Mutex::default(),
             resets: AtomicUsize::new(0),
+            commands: Mutex::default(),
             unmasked: AtomicUsize::new(0),
             peers: true,
             intx: false,
@@ -113,6 +116,8 @@ impl Hardware for Fake {
 
     fn reset(&self) -> io::Result<()> {
         self.resets.fetch_add(1, Ordering::SeqCst);
+        let command = self.config.lock().unwrap()[4];
+        self.commands.lock().unwrap().push(command);
         Ok(())
     }
 
@@ -336,6 +341,8 @@ fn a_function_level_reset_resets_the_device_and_all_that_the_guest_had_set() {
     let effect = bench.function.config_write(0x78, &0x8000u16.to_le_bytes());
     assert!(effect.decode);
     assert_eq!(bench.fake.resets.load(Ordering::SeqCst), 1);
+    // The kernel restores it after the reset, so bus mastering is off before.
+    assert_eq!(*bench.fake.commands.lock().unwrap(), [2]);
     assert_eq!(bench.fake.vectors(Irq::Msix), 0);
     assert!(bench.function.decoded().is_empty());
     let _ = bench.function.reset();
