@@ -27,6 +27,8 @@ const RECORD: usize = size_of::<sys::iommu_hwpt_pgfault>();
 /// A read takes whole groups only, and fails when the first does not fit: room for more pages
 /// than a device can ask for in one (512 outstanding requests).
 const BUFFER: usize = RECORD * 1024;
+/// How often a buffer is read by one drain, which is more than devices can have outstanding.
+const ROUNDS: usize = 64;
 
 /// Page request groups, from the queue to the sinks and back.
 pub(super) struct Faults {
@@ -172,14 +174,16 @@ impl Faults {
         }
     }
 
-    /// Delivers what is in the queue. Returns when it is empty and all of it is with its sinks.
+    /// Delivers what is in the queue. Returns when all that was in it is with its sinks. Devices
+    /// that ask again as soon as they are answered do not keep it from returning.
     ///
     /// # Errors
     /// The queue cannot be read.
     pub(super) fn drain(&self) -> io::Result<()> {
         let mut buffer = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let mut deliver = Vec::new();
-        loop {
+        let mut rounds = 0..ROUNDS;
+        while rounds.next().is_some() {
             {
                 let mut pending = self.pending();
                 let length = match self.queue.file().read(&mut buffer) {
@@ -199,6 +203,8 @@ impl Faults {
                 sink.page_request(request);
             }
         }
+        // The queue is still readable, so its thread goes on with it.
+        Ok(())
     }
 
     fn record(

@@ -1,5 +1,7 @@
 //! Page requests and their answers (`linux.md`, A6).
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 
 #[test]
@@ -44,6 +46,48 @@ fn after_a_drain_the_front_end_has_every_request_that_was_sent() {
             "one is still on its way"
         );
     }
+}
+
+/// A guest that answers at once, and a device that asks again at once.
+struct Again {
+    bench: &'static Bench,
+    enough: AtomicBool,
+}
+
+impl EventSink for Again {
+    fn fault(&self, fault: Fault) {
+        panic!("the kernel reports no faults: {fault:?}");
+    }
+
+    fn page_request(&self, request: PageRequest) {
+        self.bench.host.respond(PageResponse {
+            target: request.target,
+            group: request.group,
+            code: ResponseCode::Success,
+        });
+        if !self.enough.load(Ordering::SeqCst) {
+            let device = request.target.endpoint.0.into();
+            let group = request.group.into();
+            let fake = &self.bench.fake;
+            fake.page_request(device, request.target.pasid, group, 0);
+        }
+    }
+}
+
+#[test]
+fn a_drain_ends_though_a_device_never_stops_to_ask() {
+    let bench: &Bench = Box::leak(Box::new(Bench::new()));
+    let sink = Arc::new(Again {
+        bench,
+        enough: AtomicBool::new(false),
+    });
+    bench.host.release(A);
+    bench.host.claim(A, sink.clone()).unwrap();
+    bench.host.apply(pasid(A, 5), stage1(0x1000)).unwrap();
+    bench.fake.page_request(A.0.into(), Some(Pasid(5)), 0, 0);
+    bench.host.drain_page_requests();
+    sink.enough.store(true, Ordering::SeqCst);
+    bench.host.release(A);
 }
 
 #[test]
