@@ -80,7 +80,8 @@ fn guest(unit: &Unit, ram: &GuestRam) -> Result<(), Box<dyn std::error::Error>> 
     poke(directory, 0, table.with_smptblptr(pasids).into_bits())?;
     let entry = PasidEntry {
         q0: PasidEntry0::new().with_p(true).with_pgtt(1), // first-stage
-        q1: PasidEntry1::new().with_did(1),
+        // The unit snoops caches when it sets flags of table entries.
+        q1: PasidEntry1::new().with_did(1).with_pwsnp(true),
         q2: PasidEntry2::new().with_fsptptr(level4),
         ..PasidEntry::default()
     };
