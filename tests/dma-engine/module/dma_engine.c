@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-3-Clause
 /*
- * Gives a process its own address space on nestling's DMA test engine (SVA).
+ * Gives a process an address space on nestling's DMA test engine: its own (SVA), or a new one that
+ * the kernel's IOMMU API fills.
  *
  * One node per device, /dev/dma-engine-<PCI address>. An open file can bind the process that
- * asks (DMA_ENGINE_BIND gives the PASID), have a PASID of its own, with no address space
- * (DMA_ENGINE_PASID, on kernels whose allocator can be the host's by virtual commands), put the
- * device into a domain of its own (DMA_ENGINE_JOIN), count interrupts, and map
- * pages of BAR 0 (the offset of the mapping is the offset into the BAR; the MSI-X pages are left
- * out). Closing it, or unplugging the device, unbinds the process and takes the mappings away;
- * closing it also frees the PASID. What the pages mean is in devices/src/testdev/README.md.
+ * asks (DMA_ENGINE_BIND gives the PASID), or have a PASID whose address space is SPACE_SIZE bytes
+ * of new memory at SPACE_IOVA (DMA_ENGINE_SPACE, on kernels that attach domains to PASIDs), or a
+ * PASID with no address space (DMA_ENGINE_PASID, on kernels whose allocator can be the host's by
+ * virtual commands), put the device into a domain of its own (DMA_ENGINE_JOIN), count interrupts,
+ * and map pages of BAR 0 (the offset of the mapping is the offset into the BAR; the MSI-X pages are
+ * left out) and that memory (at SPACE_OFFSET). DMA_ENGINE_UNBIND, closing it, or unplugging the
+ * device, ends what the PASID means; closing it also frees the PASID, and the last mapping goes
+ * before the memory does. What the pages mean is in devices/src/testdev/README.md.
  *
  * For test machines only: whoever may open the node may make the device do any DMA that its
  * PASIDs and its default domain allow.
@@ -51,6 +54,7 @@ struct engine_mapping {
 	__u64 place;
 	__u64 size;
 };
+#define DMA_ENGINE_SPACE _IOR('N', 9, __u32)
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
 #include <linux/ioasid.h>
@@ -60,6 +64,12 @@ struct engine_mapping {
 #define MSIX_FIRST (0x1000 >> PAGE_SHIFT)
 #define MSIX_LAST (0x3000 >> PAGE_SHIFT)
 #define BAR_PAGES (0x80000 >> PAGE_SHIFT)
+
+/* Domains of PASIDs: iommu_attach_device_pasid with a handle, iommu_paging_domain_alloc. */
+#define HAS_SPACES (LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0))
+#define SPACE_OFFSET (0x100000 >> PAGE_SHIFT)
+#define SPACE_SIZE 0x10000
+#define SPACE_IOVA 0x500000000UL
 
 struct engine {
 	struct kref kref;
@@ -88,6 +98,12 @@ struct opener {
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
 	ioasid_t pasid;			/* or INVALID_IOASID */
 #endif
+#if HAS_SPACES
+	struct iommu_domain *domain;	/* attached to `space` of the device */
+	struct device *device;
+	ioasid_t space;			/* or IOMMU_PASID_INVALID */
+	void *memory;			/* of SPACE_SIZE bytes, or NULL; it stays until the file is closed */
+#endif
 };
 
 static void engine_free(struct kref *kref)
@@ -103,6 +119,13 @@ static void opener_unbind(struct opener *opener)
 	if (opener->sva)
 		iommu_sva_unbind_device(opener->sva);
 	opener->sva = NULL;
+#if HAS_SPACES
+	if (opener->domain) {
+		iommu_detach_device_pasid(opener->domain, opener->device, opener->space);
+		iommu_domain_free(opener->domain);
+	}
+	opener->domain = NULL;
+#endif
 }
 
 static long engine_join(struct engine *engine, struct opener *opener)
@@ -198,6 +221,94 @@ static long engine_interrupts(struct engine *engine, __u32 __user *to)
 	return put_user(atomic_read(&engine->count), to);
 }
 
+#if HAS_SPACES
+static long opener_space(struct opener *opener, __u32 __user *to)
+{
+	struct iommu_domain *domain;
+	struct device *device;
+	void *memory;
+	long result;
+
+	if (!opener->engine->pci)
+		return -ENODEV;
+	if (opener->memory)
+		return -EBUSY;
+	device = &opener->engine->pci->dev;
+	memory = (void *)__get_free_pages(GFP_KERNEL | __GFP_ZERO, get_order(SPACE_SIZE));
+	if (!memory)
+		return -ENOMEM;
+	domain = iommu_paging_domain_alloc(device);
+	result = PTR_ERR_OR_ZERO(domain);
+	if (result)
+		goto no_domain;
+	result = iommu_map(domain, SPACE_IOVA, virt_to_phys(memory), SPACE_SIZE,
+			   IOMMU_READ | IOMMU_WRITE, GFP_KERNEL);
+	if (result)
+		goto no_pasid;
+	result = -ENOSPC;
+	opener->space = iommu_alloc_global_pasid(device);
+	if (opener->space == IOMMU_PASID_INVALID)
+		goto no_pasid;
+	result = put_user(opener->space, to);
+	if (!result)
+		result = iommu_attach_device_pasid(domain, device, opener->space, NULL);
+	if (result)
+		goto not_attached;
+	opener->domain = domain;
+	opener->device = device;
+	mutex_lock(&opener->engine->pages);
+	opener->memory = memory;
+	mutex_unlock(&opener->engine->pages);
+	return 0;
+
+not_attached:
+	iommu_free_global_pasid(opener->space);
+	opener->space = IOMMU_PASID_INVALID;
+no_pasid:
+	iommu_domain_free(domain);
+no_domain:
+	free_pages((unsigned long)memory, get_order(SPACE_SIZE));
+	return result;
+}
+
+static void opener_free_space(struct opener *opener)
+{
+	if (opener->space != IOMMU_PASID_INVALID)
+		iommu_free_global_pasid(opener->space);
+	if (opener->memory)
+		free_pages((unsigned long)opener->memory, get_order(SPACE_SIZE));
+}
+
+/* The memory stays until the file is closed, and the mapping holds the file. */
+static int space_mmap(struct opener *opener, struct vm_area_struct *vma)
+{
+	unsigned long size = vma->vm_end - vma->vm_start;
+	int result = -EINVAL;
+
+	mutex_lock(&opener->engine->pages);
+	if (opener->memory && size <= SPACE_SIZE)
+		result = remap_pfn_range(vma, vma->vm_start,
+					 virt_to_phys(opener->memory) >> PAGE_SHIFT, size,
+					 vma->vm_page_prot);
+	mutex_unlock(&opener->engine->pages);
+	return result;
+}
+#else
+static long opener_space(struct opener *opener, __u32 __user *to)
+{
+	return -EOPNOTSUPP;
+}
+
+static void opener_free_space(struct opener *opener)
+{
+}
+
+static int space_mmap(struct opener *opener, struct vm_area_struct *vma)
+{
+	return -EINVAL;
+}
+#endif
+
 static int engine_open(struct inode *inode, struct file *file)
 {
 	struct engine *engine = container_of(file->private_data, struct engine, misc);
@@ -207,6 +318,9 @@ static int engine_open(struct inode *inode, struct file *file)
 		return -ENOMEM;
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 2, 0)
 	opener->pasid = INVALID_IOASID;
+#endif
+#if HAS_SPACES
+	opener->space = IOMMU_PASID_INVALID;
 #endif
 	opener->engine = engine;
 	opener->mapping = file->f_mapping;
@@ -232,6 +346,7 @@ static int engine_release(struct inode *inode, struct file *file)
 	if (opener->pasid != INVALID_IOASID)
 		ioasid_free(opener->pasid);
 #endif
+	opener_free_space(opener);
 	kfree(opener);
 	kref_put(&engine->kref, engine_free);
 	return 0;
@@ -316,6 +431,8 @@ static long engine_ioctl(struct file *file, unsigned int command, unsigned long 
 		break;
 	case DMA_ENGINE_INTERRUPTS:
 		result = engine_interrupts(opener->engine, (__u32 __user *)argument);
+	case DMA_ENGINE_SPACE:
+		result = opener_space(opener, (__u32 __user *)argument);
 		break;
 	default:
 		result = -ENOTTY;
@@ -347,6 +464,8 @@ static int engine_mmap(struct file *file, struct vm_area_struct *vma)
 	unsigned long first = vma->vm_pgoff;
 	unsigned long pages = vma_pages(vma);
 
+	if (first == SPACE_OFFSET)
+		return space_mmap(file->private_data, vma);
 	if (first >= BAR_PAGES || pages > BAR_PAGES - first)
 		return -EINVAL;
 	if (first < MSIX_LAST && first + pages > MSIX_FIRST)

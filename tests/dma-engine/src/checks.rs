@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -485,81 +484,8 @@ pub fn pasid(address: &str) -> Result<()> {
     Ok(())
 }
 
-/// `processes` processes (up to 64), each with its own address space on the device, at the same
-/// addresses, at the same time.
-///
-/// # Errors
-/// What does not hold in any of them.
-pub fn sva(address: &str, processes: u64) -> Result<()> {
-    ensure!(
-        (1..=64).contains(&processes),
-        "{processes} processes; there are 64 channels"
-    );
-    let program = std::env::current_exe()?;
-    let started: Result<Vec<_>, _> = (0..processes)
-        .map(|n| {
-            Command::new(&program)
-                .args(["sva-one", address, &n.to_string()])
-                .spawn()
-        })
-        .collect();
-    let mut failed = 0;
-    for mut child in started? {
-        failed += u32::from(!child.wait()?.success());
-    }
-    ensure!(failed == 0, "{failed} of {processes} processes failed");
-    holds(&format!(
-        "{processes} processes share the device, each with its own memory"
-    ));
-    Ok(())
-}
-
 /// Where every process has its buffers.
 pub(crate) const SHARED_PLACE: usize = 0x6000_0000_0000;
-
-/// One process of [`sva()`].
-///
-/// # Errors
-/// What does not hold.
-pub fn sva_one(address: &str, index: u64) -> Result<()> {
-    let bound = Bound::new(address)?;
-    let page = bound.channel(index)?;
-    let channel = Channel::alone(&page);
-    let memory = Memory::new(64 << 12, Some(SHARED_PLACE))?;
-    let how = How::sva(bound.pasid());
-    let (half, mark) = (memory.len() / 2, index + 1);
-    let mut asked = 0;
-    for round in 0..8 {
-        let pattern = (mark * 0x0101_0101_0101_0101) ^ round;
-        // Nobody has touched these pages before the first round: the device faults them in.
-        let filled = channel
-            .fill(how, pattern, memory.address(), half)?
-            .expect_done("a fill")?;
-        ensure!(
-            filled.page_requests == filled.page_responses,
-            "unanswered: {filled:x?}"
-        );
-        let to = memory.address() + half;
-        let copied = channel
-            .copy(how, memory.address(), to, half)?
-            .expect_done("a copy")?;
-        asked += filled.page_requests + copied.page_requests;
-        let bytes = pattern.to_le_bytes();
-        memory.check("shared memory", |at| bytes[at % 8])?;
-    }
-    ensure!(asked > 0, "no page was asked for, though none was there");
-    println!(
-        "ok: process {index}, PASID {}: {asked} page requests",
-        bound.pasid()
-    );
-    bound.unbind()?;
-    let after = channel.fill(how, 0, memory.address(), 64)?;
-    ensure!(
-        matches!(after.status, Status::Failed(_)),
-        "memory is reached after the process was unbound: {after:x?}"
-    );
-    Ok(())
-}
 
 /// `munmap`, `rounds` times, and the end of the process, while the device works in its memory.
 ///
@@ -571,12 +497,12 @@ pub fn unmap(address: &str, rounds: u32) -> Result<()> {
     let channel = Channel::alone(&page);
     let how = How::sva(bound.pasid());
     for _ in 0..rounds {
-        let memory = Memory::new(256 << 12, Some(SHARED_PLACE))?;
+        let memory = Memory::new(64 << 12, Some(SHARED_PLACE))?;
         channel.set_pattern(u64::MAX);
         channel.start(Operation::Fill, how, 0, memory.address(), memory.len());
         drop(memory);
         // New memory in the same place: what is in flight must not reach it through old tables.
-        let memory = Memory::new(256 << 12, Some(SHARED_PLACE))?;
+        let memory = Memory::new(64 << 12, Some(SHARED_PLACE))?;
         let end = channel.end()?;
         let failed = matches!(end.status, Status::Failed(Reason::PageInvalid));
         ensure!(
@@ -589,18 +515,21 @@ pub fn unmap(address: &str, rounds: u32) -> Result<()> {
         memory.check("new memory", |_| 0)?;
     }
     holds("munmap while DMA runs ends it or moves it to new pages");
-    let memory = Memory::new(4096 << 12, None)?;
+    let memory = Memory::new(1024 << 12, None)?;
     channel.start(Operation::Fill, how, 0, memory.address(), memory.len());
     holds("a process ends while DMA runs");
     Ok(())
 }
+
+/// How often [`reuse`] binds one process.
+const BINDINGS: u64 = 64;
 
 /// A PASID that is freed and used again never shows old memory.
 ///
 /// # Errors
 /// What does not hold.
 pub fn reuse(address: &str) -> Result<()> {
-    for round in 0..256u64 {
+    for round in 0..BINDINGS {
         let bound = Bound::new(address)?;
         let page = bound.channel(round % 64)?;
         let channel = Channel::alone(&page);
@@ -613,7 +542,9 @@ pub fn reuse(address: &str) -> Result<()> {
             bail!("PASID {} sees old memory in round {round}", bound.pasid());
         }
     }
-    holds("a process that is bound 256 times never sees its old memory");
+    holds(&format!(
+        "a process that is bound {BINDINGS} times never sees its old memory"
+    ));
 
     // One process after the other, each with its own memory at the same place. (The first has a
     // PASID that this process had no longer than its last binding, or another.)

@@ -13,6 +13,7 @@ mod ioctl;
 pub mod map_benchmark;
 pub mod memory;
 pub mod process_checks;
+pub mod processes;
 pub mod registers;
 pub mod sva;
 pub mod sysfs;

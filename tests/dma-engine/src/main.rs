@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use dma_engine::{checks, doorbell, map_benchmark, process_checks};
+use dma_engine::{checks, doorbell, map_benchmark, process_checks, processes};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -37,16 +37,12 @@ fn run(words: &[&str]) -> Result<()> {
         ["forge", address] => checks::forge(address),
         ["doorbell", address] => doorbell::check(address),
         ["pasid", address] => checks::pasid(address),
-        ["sva", address] => checks::sva(address, 1),
+        ["sva", address] => processes::together(address, 1),
         ["sva", address, processes] => {
             let processes = processes
                 .parse()
                 .context("PROCESSES is a number, 1 to 64")?;
-            checks::sva(address, processes)
-        }
-        ["sva-one", address, channel] => {
-            let channel = channel.parse().context("CHANNEL is a number, 0 to 63")?;
-            checks::sva_one(address, channel)
+            processes::together(address, processes)
         }
         ["map-benchmark", address, seconds, pause] => {
             let seconds = seconds.parse().context("SECONDS is a number, 1 to 300")?;
@@ -56,6 +52,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["heap", address] => process_checks::heap(address),
         ["fork", address] => process_checks::forked(address),
         ["apart", address] => process_checks::apart(address),
+        ["spaces", address] => process_checks::spaces(address),
         ["counts", address] => process_checks::counts(address),
         ["unmap", address] => checks::unmap(address, 32),
         ["unmap", address, rounds] => {
@@ -65,7 +62,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["reuse", address] => checks::reuse(address),
         ["hold", address] => checks::hold(address),
         _ => bail!(
-            "usage: dma-engine blocked|vfio|interrupts|forge|doorbell|together|cdev|pasid|sva|heap|fork|unmap|reuse|apart|\
+            "usage: dma-engine blocked|vfio|interrupts|forge|doorbell|together|cdev|pasid|sva|heap|fork|unmap|reuse|apart|spaces|\
              counts|hold ADDRESS [ADDRESS|PROCESSES]"
         ),
     }

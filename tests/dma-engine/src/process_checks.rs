@@ -1,4 +1,4 @@
-//! Checks of what a process and the device share, beyond [`checks::sva`](crate::checks::sva).
+//! Checks of what a process and the device share, beyond [`processes`](crate::processes).
 
 #![forbid(unsafe_code)]
 
@@ -10,7 +10,7 @@ use crate::checks::{PLAIN, SHARED_PLACE, holds};
 use crate::fork::fork;
 use crate::memory::Memory;
 use crate::registers::{Channel, How, Operation, Reason, Registers, checksum};
-use crate::sva::{self, Bound};
+use crate::sva::{self, Bound, SPACE_IOVA, SPACE_SIZE, Space};
 
 /// Copies between two buffers that `malloc` gave.
 ///
@@ -52,7 +52,7 @@ pub fn forked(address: &str) -> Result<()> {
     let how = How::sva(bound.pasid());
     for round in 1..=4u8 {
         // Half of it is there, the other half is faulted in while the process forks.
-        let memory = Memory::new(256 << 12, Some(SHARED_PLACE))?;
+        let memory = Memory::new(64 << 12, Some(SHARED_PLACE))?;
         let filled = channel.fill(how, 0, memory.address(), memory.len() / 2)?;
         filled.expect_done("a fill")?;
         channel.set_pattern(u64::from_le_bytes([round; 8]));
@@ -107,6 +107,63 @@ pub fn apart(address: &str) -> Result<()> {
     other.expect_failure(Reason::Fault, at, "another PASID")?;
     memory.check("a process's memory", |_| 0x5a)?;
     holds("no PASID and another PASID do not reach a process's memory");
+    Ok(())
+}
+
+/// Domains that the kernel attaches to PASIDs: address spaces side by side, at the same addresses.
+/// The guest's kernel reports the fault of one that is gone, and must.
+///
+/// # Errors
+/// What does not hold.
+pub fn spaces(address: &str) -> Result<()> {
+    const COUNT: u8 = 8;
+    let spaces = (0..COUNT)
+        .map(|_| Space::new(address))
+        .collect::<Result<Vec<_>>>()?;
+    let how = |space: &Space| How {
+        pasid: Some(space.pasid()),
+        ..PLAIN
+    };
+    let pages = (0..COUNT.into())
+        .zip(&spaces)
+        .map(|(n, space)| space.channel(n))
+        .collect::<Result<Vec<_>>>()?;
+    // All at once: the first half is filled, and copied to the second.
+    let half = SPACE_SIZE as u64 / 2;
+    for (n, (space, page)) in (1..).zip(spaces.iter().zip(&pages)) {
+        let channel = Channel::alone(page);
+        channel.set_pattern(n * 0x0101_0101_0101_0101);
+        channel.start(Operation::Fill, how(space), 0, SPACE_IOVA, half);
+    }
+    for page in &pages {
+        Channel::alone(page)
+            .end()?
+            .expect_done("a fill with a PASID")?;
+    }
+    for (n, (space, page)) in (1..).zip(spaces.iter().zip(&pages)) {
+        let copied = Channel::alone(page).copy(how(space), SPACE_IOVA, SPACE_IOVA + half, half)?;
+        copied.expect_done("a copy with a PASID")?;
+        space.memory().check("an address space", |_| n)?;
+    }
+    holds(&format!(
+        "{COUNT} PASIDs mean {COUNT} address spaces at the same addresses"
+    ));
+
+    let (gone, stays) = (&spaces[0], &spaces[1]);
+    let channel = Channel::alone(&pages[0]);
+    channel.start(Operation::Fill, how(gone), 0, SPACE_IOVA, SPACE_SIZE as u64);
+    gone.detach()?;
+    gone.memory().fill_with(|_| 0xa5);
+    channel.end()?;
+    gone.memory().check("memory after its detach", |_| 0xa5)?;
+    let after = channel.fill(how(gone), 0, SPACE_IOVA, 64)?;
+    after.expect_failure(Reason::Fault, SPACE_IOVA, "a detached PASID")?;
+    stays.memory().check("another PASID's memory", |_| 2)?;
+    let sum = Channel::alone(&pages[1]).checksum(how(stays), SPACE_IOVA, 64)?;
+    let sum = sum.expect_done("another PASID")?;
+    ensure!(sum.result == checksum([2; 64]), "the sum differs: {sum:x?}");
+    println!("detached={:#x}", gone.pasid());
+    holds("a detached PASID reaches nothing, and the others go on");
     Ok(())
 }
 

@@ -16,6 +16,9 @@ pub const BAR_SIZE: u64 = 0x8_0000;
 
 /// How long one operation may take.
 const LIMIT: Duration = Duration::from_secs(200);
+/// How long to wait between two looks at an operation: twice as long each time, within these.
+const SHORTEST_PAUSE: Duration = Duration::from_micros(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 
 /// A way to reach registers: 4 bytes at `at`, a multiple of 4.
 pub trait Registers {
@@ -276,6 +279,8 @@ impl<'r> Channel<'r> {
     pub fn end(self) -> Result<Outcome> {
         let Self { registers, base } = self;
         let began = Instant::now();
+        // Many processes that ask often leave the CPU no time to serve what they wait for.
+        let mut pause = SHORTEST_PAUSE;
         loop {
             let status = self.status()?;
             if !matches!(status, Status::Running | Status::Waiting) {
@@ -292,7 +297,8 @@ impl<'r> Channel<'r> {
                 self.abort();
                 bail!("an operation is {status:?} after {LIMIT:?}");
             }
-            std::thread::sleep(Duration::from_micros(50));
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 

@@ -396,6 +396,11 @@ impl Vcpu {
                     let (error, place) = (self.internal_error(), self.where_it_was());
                     return Some(GuestEvent::Failed(format!("{why}{error}{place}")));
                 }
+                Next::Stop(GuestEvent::TripleFault) => {
+                    let place = self.where_it_was();
+                    log::warn!("vCPU {} shut down: a triple fault{place}", self.index);
+                    return Some(GuestEvent::TripleFault);
+                }
                 Next::Stop(event) => return Some(event),
             }
         }

@@ -194,7 +194,7 @@ impl Guest {
         if !self.verbose && machine.child.try_wait()?.is_none() {
             // It hangs, and its console was quiet: the same once more, for the log of it.
             drop(machine);
-            if let Ok(again) = self.clone().verbose().start(lab) {
+            if let Ok(mut again) = self.clone().verbose().start(lab) {
                 std::thread::sleep(HANG_LIMIT);
                 return Err(error.context(again.last_words()));
             }
@@ -578,13 +578,18 @@ impl Machine {
         }
     }
 
-    fn last_words(&self) -> String {
+    fn last_words(&mut self) -> String {
         let said = lossy(&self.said);
+        let ended = match self.child.try_wait() {
+            Ok(Some(status)) => format!("nestling ended: {status}\n"),
+            _ => String::new(),
+        };
         let console = lossy(&self.console);
         let lines: Vec<&str> = console.lines().collect();
         let from = lines.len().saturating_sub(15);
         format!(
-            "nestling said: {said}\nits threads: {}\nits exits: {} and a second later: {}\n\
+            "{ended}nestling said: {said}\nits threads: {}\nits exits: {} and a second later: {}\n\
+             why vCPUs leave: {:#?}\n\
              the console ended with:\n{}",
             process::threads(self.pid()).join(", "),
             process::exits(self.pid()),
@@ -592,6 +597,7 @@ impl Machine {
                 std::thread::sleep(Duration::from_secs(1));
                 process::exits(self.pid())
             },
+            process::why_they_leave(),
             lines[from..].join("\n")
         )
     }

@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -187,6 +190,47 @@ pub fn exits(pid: u32) -> String {
         }
     }
     said
+}
+
+/// Why vCPUs left their guests in a tenth of a second, and where they were, the most frequent ones
+/// first: what a guest that hangs is doing. Of all guests of this host.
+pub fn why_they_leave() -> Vec<String> {
+    let Some(trace) = trace_exits() else {
+        return Vec::new();
+    };
+    let mut counts = BTreeMap::new();
+    for line in trace.lines() {
+        // `vcpu 0 reason npf rip 0x… info1 …`
+        let Some((_, exit)) = line.split_once("kvm_exit: ") else {
+            continue;
+        };
+        let words: Vec<&str> = exit.split_whitespace().take(6).collect();
+        *counts.entry(words.join(" ")).or_insert(0u32) += 1;
+    }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    let few = counts.into_iter().take(12);
+    few.map(|(exit, count)| format!("{count}x {exit}"))
+        .collect()
+}
+
+/// The host kernel's record of a tenth of a second of exits.
+fn trace_exits() -> Option<String> {
+    let folder = Path::new("/sys/kernel/tracing");
+    let event = folder.join("events/kvm/kvm_exit/enable");
+    if !event.exists() {
+        let mut mount = Command::new("mount");
+        let _ = mount
+            .args(["-t", "tracefs", "tracefs"])
+            .arg(folder)
+            .status();
+    }
+    fs::write(&event, "1").ok()?;
+    std::thread::sleep(Duration::from_millis(100));
+    fs::write(&event, "0").ok()?;
+    let trace = fs::read_to_string(folder.join("trace")).ok();
+    let _ = fs::write(folder.join("trace"), "");
+    trace
 }
 
 #[cfg(test)]
