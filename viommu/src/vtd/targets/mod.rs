@@ -16,6 +16,7 @@ use serde::Serialize;
 use vm_memory::GuestMemoryMmap;
 
 use self::live::Live;
+pub(super) use self::refresh::Replay;
 use self::scan::KnownTables;
 use super::capabilities::Offer;
 use super::context::{self, Entry, Problem, ScalableContext};

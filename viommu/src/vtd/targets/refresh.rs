@@ -1,11 +1,20 @@
 //! Decoding the guest's entries again when it says that they changed.
 
+use super::scan::Scan;
 use super::{Live, MAX_TABLES_PER_SCAN, Targets, View};
 use crate::spec::vtd::descriptor::{ContextScope, PasidScope};
 use crate::spec::vtd::registers::{Rtaddr, TranslationTableMode};
-use crate::vtd::context::{self, Context};
+use crate::vtd::context::{self, Context, ScalableContext};
 use crate::vtd::pasid;
 use crate::{Rid, Target};
+
+/// How far the replay of a new endpoint is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::vtd) struct Replay {
+    /// Whose tables are read.
+    context: Option<ScalableContext>,
+    scan: Scan,
+}
 
 impl Targets {
     /// Translation is on, or has a new root table: everything is decoded again.
@@ -15,10 +24,29 @@ impl Targets {
         self.finish(view);
     }
 
-    /// One endpoint came: what the guest's tables say about it already.
-    pub(in crate::vtd) fn refresh_new(&mut self, view: View, rid: Rid) {
-        self.refresh_context(view, rid, true);
+    /// One endpoint came. What the guest's tables say about it already is made true in steps, so
+    /// that the unit serves its guest meanwhile: this is the first one, [`replay`](Self::replay)
+    /// are the others.
+    pub(in crate::vtd) fn refresh_new(&mut self, view: View, rid: Rid) -> Replay {
+        self.refresh_context(view, rid, false);
         self.finish(view);
+        Replay {
+            context: self.endpoints.get(&rid).and_then(|e| e.context),
+            scan: Scan::new(MAX_TABLES_PER_SCAN),
+        }
+    }
+
+    /// A step of a replay: one PASID table. Whether there is more to do.
+    ///
+    /// Between steps the guest may change its tables and invalidate what it likes. Each entry that
+    /// it names is made true at once, whether the replay was there or not; and the replay reads
+    /// what is in the tables now, as hardware may at any time. Who changes the endpoint's context
+    /// or the root scans all of its tables: then there is nothing left to replay.
+    pub(in crate::vtd) fn replay(&mut self, view: View, rid: Rid, replay: &mut Replay) -> bool {
+        let context = self.endpoints.get(&rid).and_then(|e| e.context);
+        context.is_some()
+            && context == replay.context
+            && self.scan_some(view, rid, &mut replay.scan, 1)
     }
 
     /// A context-cache invalidation. With caching mode, entries that were not present have no

@@ -48,44 +48,94 @@ impl KnownTables {
 
 type Table = [[u64; 8]; PASID_TABLE_ENTRIES as usize];
 
+/// How far a scan of an endpoint's PASID tables is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Scan {
+    /// The directory entry that comes next.
+    entry: u32,
+    /// The first PASID that was not looked at.
+    next: u32,
+    /// How many tables may still be read.
+    tables: u32,
+}
+
+impl Scan {
+    pub(super) fn new(tables: u32) -> Self {
+        Self {
+            entry: 0,
+            next: 0,
+            tables,
+        }
+    }
+}
+
 impl Targets {
     /// Makes true what the PASID entries of an endpoint say, but RID_PASID's: page by page of the
     /// directory, present tables only, at most `tables` of them.
     pub(super) fn scan_pasids(&mut self, view: View, rid: Rid, tables: &mut u32) {
+        let mut scan = Scan::new(*tables);
+        while self.scan_some(view, rid, &mut scan, u32::MAX) {}
+        *tables = scan.tables;
+    }
+
+    /// The next part of a scan: no more than `most` tables of one page of the directory. Whether
+    /// there is more.
+    pub(super) fn scan_some(
+        &mut self,
+        view: View,
+        rid: Rid,
+        scan: &mut Scan,
+        mut most: u32,
+    ) -> bool {
         let Some(context) = self.endpoints.get(&rid).and_then(|e| e.context) else {
-            return;
+            return false;
         };
         let entries = match context.paside {
             true => context.serveable().div_ceil(PASID_TABLE_ENTRIES),
             false => 0,
         };
-        // The first PASID that was not looked at.
-        let mut next = 0;
-        let mut chunk_at = 0;
-        while chunk_at < entries {
-            let at = context.directory.0 + u64::from(chunk_at) * PASID_DIRECTORY_ENTRY_SIZE;
-            let chunk = read_words::<DIRECTORY_CHUNK>(view.ram, at);
-            for (number, bits) in (chunk_at..).zip(chunk.into_iter().flatten()) {
-                let Ok((table, fpd)) = pasid::directory_entry(bits, context.fpd) else {
-                    continue;
-                };
-                if *tables == 0 {
-                    self.counts.over_limit += 1;
-                    continue;
-                }
-                *tables -= 1;
-                self.counts.tables_scanned += 1;
-                let Some(table) = pasid::table(view.ram, table) else {
-                    continue;
-                };
-                let first = number * PASID_TABLE_ENTRIES;
-                self.block_range(rid, next, first);
-                self.scan_table(view, rid, &context, number, fpd, &table);
-                next = first + PASID_TABLE_ENTRIES;
-            }
-            chunk_at += DIRECTORY_CHUNK as u32;
+        if scan.entry >= entries {
+            self.block_range(rid, scan.next, u32::MAX);
+            return false;
         }
-        self.block_range(rid, next, u32::MAX);
+        let done = scan.entry % DIRECTORY_CHUNK as u32;
+        let chunk_at = scan.entry - done;
+        let at = context.directory.0 + u64::from(chunk_at) * PASID_DIRECTORY_ENTRY_SIZE;
+        let chunk = read_words::<DIRECTORY_CHUNK>(view.ram, at);
+        let numbered = (chunk_at..).zip(chunk.into_iter().flatten());
+        for (number, bits) in numbered.skip(done as usize) {
+            let Ok((table, fpd)) = pasid::directory_entry(bits, context.fpd) else {
+                continue;
+            };
+            if scan.tables == 0 {
+                self.counts.over_limit += 1;
+                continue;
+            }
+            if most == 0 {
+                self.pause_scan(rid, scan, number);
+                return true;
+            }
+            most -= 1;
+            scan.tables -= 1;
+            self.counts.tables_scanned += 1;
+            let Some(table) = pasid::table(view.ram, table) else {
+                continue;
+            };
+            let first = number * PASID_TABLE_ENTRIES;
+            self.block_range(rid, scan.next, first);
+            self.scan_table(view, rid, &context, number, fpd, &table);
+            scan.next = first + PASID_TABLE_ENTRIES;
+        }
+        self.pause_scan(rid, scan, chunk_at + DIRECTORY_CHUNK as u32);
+        true
+    }
+
+    /// What comes before directory entry `entry` was looked at. Of what no table had, nothing is
+    /// left for later: it may have one when the scan goes on.
+    fn pause_scan(&mut self, rid: Rid, scan: &mut Scan, entry: u32) {
+        self.block_range(rid, scan.next, entry * PASID_TABLE_ENTRIES);
+        scan.next = entry * PASID_TABLE_ENTRIES;
+        scan.entry = entry;
     }
 
     /// Makes true what the entries of one table say.
@@ -163,7 +213,7 @@ impl Targets {
 
     /// Blocks the PASIDs from `first` to below `end`: no table has them.
     fn block_range(&mut self, rid: Rid, first: u32, end: u32) {
-        if first == end {
+        if first >= end {
             return;
         }
         let Some(endpoint) = self.endpoints.get(&rid) else {

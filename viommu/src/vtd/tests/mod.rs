@@ -6,4 +6,5 @@ mod faults;
 mod invalidation;
 mod page_requests;
 mod peers;
+mod replay;
 mod tables;

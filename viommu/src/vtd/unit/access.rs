@@ -69,7 +69,7 @@ impl Unit {
             0xe00..0xf00 => self.read_virtual_command(at),
             _ => {
                 let offer = self.freeze();
-                lock(&self.commands).registers.read(offer, at)
+                self.commands.lock().registers.read(offer, at)
             }
         }
     }
@@ -204,7 +204,7 @@ impl Unit {
 
     /// Does something under the command lock, then what follows from it.
     fn command(&self, what: impl FnOnce(&Self, &mut Commands) -> Vec<Msi>) {
-        let mut guard = lock(&self.commands);
+        let mut guard = self.commands.lock();
         let mut messages = what(self, &mut guard);
         messages.extend(self.settle(&mut guard));
         drop(guard);

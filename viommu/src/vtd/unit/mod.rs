@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use parking_lot::{Mutex as FairMutex, MutexGuard as FairGuard};
+
 use self::events::Events;
 use super::capabilities::{Extras, Mode, Offer, UnitConfig, Unsupported};
 use super::fault::Faults;
@@ -16,7 +18,7 @@ use super::page_request::PageQueue;
 use super::registers::Registers;
 use super::remap::{InterruptRemapper, Remapping};
 use super::state::{EndpointState, UnitState};
-use super::targets::{Targets, View};
+use super::targets::{Replay, Targets, View};
 use super::vcmd::VirtualCommands;
 use crate::backend::{Backend, PageResponse, Refused, ResponseCode, Scope};
 use crate::interrupt::{Msi, MsiSink};
@@ -86,7 +88,7 @@ pub struct Unit {
     // Lock order: commands, then one of faults, pages and virtual_commands. The last three are
     // never held while a back end is called, so that its threads, which a back end may wait for,
     // can always report; commands is, and is never taken on a back end's thread.
-    commands: Mutex<Commands>,
+    commands: FairMutex<Commands>,
     faults: Mutex<Faults>,
     pages: Mutex<Pages>,
     virtual_commands: Mutex<VirtualCommands>,
@@ -148,7 +150,7 @@ impl Unit {
             pasids,
             this: this.clone(),
             frozen: OnceLock::new(),
-            commands: Mutex::new(Commands {
+            commands: FairMutex::new(Commands {
                 offer,
                 backends,
                 registers: Registers::default(),
@@ -173,7 +175,7 @@ impl Unit {
     /// too; calling it before the first vCPU runs makes it certain.
     pub fn freeze(&self) -> &Offer {
         self.frozen.get_or_init(|| {
-            let mut commands = lock(&self.commands);
+            let mut commands = self.commands.lock();
             commands.backends = Vec::new();
             commands.offer
         })
@@ -185,7 +187,20 @@ impl Unit {
     /// # Errors
     /// See [`AddError`]; nothing is changed then.
     pub fn add_endpoint(&self, rid: Rid, backend: Arc<dyn Backend>) -> Result<(), AddError> {
-        let mut guard = lock(&self.commands);
+        let mut replay = self.begin_endpoint(rid, backend)?;
+        while let Some(left) = replay {
+            replay = self.replay_step(rid, left);
+        }
+        Ok(())
+    }
+
+    /// Puts an endpoint behind the unit; what is left of the replay of its tables.
+    pub(super) fn begin_endpoint(
+        &self,
+        rid: Rid,
+        backend: Arc<dyn Backend>,
+    ) -> Result<Option<Replay>, AddError> {
+        let mut guard = self.commands.lock();
         let commands = &mut *guard;
         if commands.targets.contains(rid) {
             let unit = self.config.id.clone();
@@ -219,22 +234,40 @@ impl Unit {
         }
         lock(&self.pages).backends.insert(rid, Arc::clone(&backend));
         commands.targets.add(rid, backend);
+        let mut replay = None;
         if commands.registers.status().te() {
             let view = view(&self.ram, &commands.offer, &commands.registers);
-            commands.targets.refresh_new(view, rid);
+            replay = Some(commands.targets.refresh_new(view, rid));
         } else {
             commands.targets.default_policy(rid, self.config.bypass);
         }
         let messages = self.settle(commands);
         drop(guard);
         self.send(messages);
-        Ok(())
+        Ok(replay)
+    }
+
+    /// A step of the replay of a new endpoint; what is left of it. Whoever waits for the lock is
+    /// next: the guest's own commands, and who asks for the state.
+    pub(super) fn replay_step(&self, rid: Rid, mut replay: Replay) -> Option<Replay> {
+        let mut guard = self.commands.lock();
+        let commands = &mut *guard;
+        // When translation is turned on again, everything is scanned.
+        if !commands.registers.status().te() {
+            return None;
+        }
+        let view = view(&self.ram, &commands.offer, &commands.registers);
+        let more = commands.targets.replay(view, rid, &mut replay);
+        let messages = self.settle(commands);
+        FairGuard::unlock_fair(guard);
+        self.send(messages);
+        more.then_some(replay)
     }
 
     /// Takes an endpoint away, whatever the guest does: its targets are Blocked, its page
     /// requests are answered, and its back end holds nothing for it. Unknown ones are no error.
     pub fn remove_endpoint(&self, rid: Rid) {
-        let mut guard = lock(&self.commands);
+        let mut guard = self.commands.lock();
         let commands = &mut *guard;
         {
             let mut pages = lock(&self.pages);
@@ -253,7 +286,7 @@ impl Unit {
     /// The unit as after power-on, with its endpoints: translation is off, everything is Blocked
     /// or bypassed, and every page request is answered. What is offered stays.
     pub fn reset(&self) {
-        let mut guard = lock(&self.commands);
+        let mut guard = self.commands.lock();
         let commands = &mut *guard;
         commands.targets.disable(self.config.bypass);
         commands.registers = Registers::default();
@@ -282,7 +315,7 @@ impl Unit {
 
     /// What the guest sees and what is in force.
     pub fn state(&self) -> UnitState {
-        let guard = lock(&self.commands);
+        let guard = self.commands.lock();
         let commands = &*guard;
         let offer = self.frozen.get().copied().unwrap_or(commands.offer);
         let root = commands.registers.root();
