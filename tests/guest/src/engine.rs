@@ -20,11 +20,11 @@ pub const TESTS: &[Test] = &[
     Test::new("stock_6_12_drives_it_through_vfio", |lab| vfio(lab, "6.12")),
     test("stock_7_2_drives_it_through_vfio", |lab| vfio(lab, "7.2")),
     Test::new("pasids_of_iommufd_are_address_spaces_side_by_side", pasid),
-    Test::new(
+    test(
         "sixty_four_processes_of_7_2_share_it_each_with_its_own_memory",
         sva,
     ),
-    Test::new(
+    test(
         "pasids_of_6_12_are_domains_side_by_side_and_no_processes",
         domains,
     ),
