@@ -431,6 +431,7 @@ static long engine_ioctl(struct file *file, unsigned int command, unsigned long 
 		break;
 	case DMA_ENGINE_INTERRUPTS:
 		result = engine_interrupts(opener->engine, (__u32 __user *)argument);
+		break;
 	case DMA_ENGINE_SPACE:
 		result = opener_space(opener, (__u32 __user *)argument);
 		break;
