@@ -8,17 +8,17 @@ use anyhow::{Context, Result};
 use super::iommufd;
 
 /// What the host's kernel has of a process and of all devices at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
     /// Objects of each iommufd that the process has open.
     pub objects: Vec<u32>,
-    /// Interrupts that VFIO has requested.
+    /// Interrupts that VFIO has requested; 0 where others are at work.
     pub interrupts: usize,
     /// Pages that the process has pinned, in KiB, as it is charged for them.
     pub pinned_kib: u64,
-    /// Pages that are pinned for DMA, whoever did it.
+    /// Pages that are pinned for DMA, whoever did it; 0 where others are at work.
     pub pins: i64,
-    /// Pages of the tables of the host's IOMMUs.
+    /// Pages of the tables of the host's IOMMUs; 0 where others are at work.
     pub tables: u64,
 }
 
@@ -27,21 +27,31 @@ pub struct Kept {
 /// # Errors
 /// It is gone, or this is not root.
 pub fn kept(pid: u32) -> Result<Kept> {
-    let interrupts = fs::read_to_string("/proc/interrupts")?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let all = fs::read_to_string("/proc/vmstat")?;
-    let of_all = |name: &str| {
-        number(&all, name).with_context(|| format!("the host's kernel does not count {name}"))
-    };
-    let pins = of_all("nr_foll_pin_acquired")?.cast_signed()
-        - of_all("nr_foll_pin_released")?.cast_signed();
-    Ok(Kept {
+    let mut kept = Kept {
         objects: iommufd::objects(pid)?,
-        interrupts: interrupts.matches("vfio-").count(),
         pinned_kib: number(&status, "VmPin:").unwrap_or(0),
-        pins,
-        tables: of_all("nr_iommu_pages")?,
-    })
+        ..Kept::default()
+    };
+    // Elsewhere these are others' too, and come and go with them.
+    if lab_is_alone() {
+        let all = fs::read_to_string("/proc/vmstat")?;
+        let of_all = |name: &str| {
+            number(&all, name).with_context(|| format!("the host's kernel does not count {name}"))
+        };
+        kept.interrupts = fs::read_to_string("/proc/interrupts")?
+            .matches("vfio-")
+            .count();
+        kept.pins = of_all("nr_foll_pin_acquired")?.cast_signed()
+            - of_all("nr_foll_pin_released")?.cast_signed();
+        kept.tables = of_all("nr_iommu_pages")?;
+    }
+    Ok(kept)
+}
+
+/// Whether this is a host of the lab's own making, where nobody else is at work.
+fn lab_is_alone() -> bool {
+    std::env::var_os("NESTLING_LAB").is_some_and(|place| place == "/lab")
 }
 
 /// What the host's kernel has for itself and cannot give back, in KiB.
