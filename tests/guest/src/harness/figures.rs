@@ -23,6 +23,15 @@ impl Figure {
     pub const BASE: &str = "no vIOMMU";
 }
 
+/// Which of the samples counts.
+#[derive(Clone, Copy, Debug)]
+pub enum Of {
+    /// What is right where they scatter to both sides.
+    Median,
+    /// What other work on this machine disturbed least.
+    Highest,
+}
+
 /// Those of one test, kept among its logs.
 #[derive(Debug)]
 pub struct Figures {
@@ -39,8 +48,7 @@ impl Figures {
         }
     }
 
-    /// Adds the highest of some samples, which is what other work on this machine disturbed least,
-    /// and says how far they lie apart.
+    /// Adds one of some samples, and says how far they lie apart.
     ///
     /// # Errors
     /// There is no sample, or the file cannot be written.
@@ -49,15 +57,18 @@ impl Figures {
         quantity: &str,
         vmm: &str,
         viommu: &str,
+        of: Of,
         mut samples: Vec<f64>,
     ) -> Result<()> {
         ensure!(!samples.is_empty(), "{vmm}, {viommu}: no sample");
         samples.sort_by(f64::total_cmp);
-        let value = samples[samples.len() - 1];
+        let [least, middle, most] = [0, samples.len() / 2, samples.len() - 1].map(|n| samples[n]);
+        let value = match of {
+            Of::Median => middle,
+            Of::Highest => most,
+        };
         show(format!(
-            "{vmm}, {viommu}: {value:.0} {quantity} (median {:.0}, least {:.0})",
-            samples[samples.len() / 2],
-            samples[0]
+            "{vmm}, {viommu}: {quantity}: {value:.0} (least {least:.0}, median {middle:.0}, most {most:.0})"
         ));
         self.known.push(Figure {
             quantity: quantity.to_owned(),
