@@ -28,6 +28,8 @@ use vm_memory::{
 
 const LENGTH: usize = 128 << 20;
 const ROUNDS: usize = 7;
+/// Where the memory is mapped: the kernel's mock devices reach from 16 MiB to 2 GiB.
+const IOVA: u64 = 16 << 20;
 
 #[derive(Clone, Copy)]
 enum Pages {
@@ -121,11 +123,11 @@ impl Pinning {
             Self::Iommufd(kernel, ioas) => match region.file_offset() {
                 Some(file) => {
                     let (fd, from) = (file.file().as_fd(), file.start());
-                    kernel.map_file(*ioas, fd, from, LENGTH as u64, 0, Access::READ_WRITE)
+                    kernel.map_file(*ioas, fd, from, LENGTH as u64, IOVA, Access::READ_WRITE)
                 }
                 None => {
                     let at = address as u64;
-                    kernel.map(*ioas, at, LENGTH as u64, 0, Access::READ_WRITE)
+                    kernel.map(*ioas, at, LENGTH as u64, IOVA, Access::READ_WRITE)
                 }
             },
             Self::IoUring(ring) => {
@@ -201,7 +203,10 @@ fn set_up(pages: Pages, ahead: Ahead) -> Option<Duration> {
     }
     let pinned = pinning.pin(&ram);
     let time = start.elapsed();
-    pinned.ok()?;
+    if let Err(error) = pinned {
+        println!("not pinned: {error}");
+        return None;
+    }
     Some(time)
 }
 
