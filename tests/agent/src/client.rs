@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::HELLO;
 use crate::frame::{Answer, Request, read_answer, write_request};
 
 /// How long a socket read waits before the client looks at its own limit again.
@@ -199,6 +200,18 @@ impl Client {
     pub fn ping(&mut self, limit: Duration) -> Result<(), Error> {
         let id = id();
         self.ping_answered_from(id, id, limit)
+    }
+
+    /// Waits until an agent begins, and asks nothing meanwhile: a kernel that starts another one
+    /// leaves its devices as they are, and what they are sent lands in the next one's memory.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub fn begins(&mut self, limit: Duration) -> Result<(), Error> {
+        self.answer("the next boot", limit, |answer| match answer {
+            Answer::Pong { id: HELLO } => Some(()),
+            _ => None,
+        })
     }
 
     /// Sends ping `id` and waits for the answer to it or to one that was sent since `oldest`.

@@ -21,6 +21,9 @@ pub const TIMED_OUT: i32 = 124;
 /// The most bytes of output that one command may return; the rest is dropped at the source.
 pub const OUTPUT_LIMIT: usize = 16 << 20;
 
+/// The number of the pong that an agent begins with, which nobody asked for.
+pub const HELLO: u64 = 0;
+
 /// The name of the virtio-serial port that the agent looks for before it takes `/dev/hvc0`.
 pub const PORT_NAME: &str = "nestling.agent";
 

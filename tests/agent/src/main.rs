@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use agent::{
-    Answer, NO_CHANNEL, OUTPUT_LIMIT, PORT_NAME, READY, Request, TIMED_OUT, read_request,
+    Answer, HELLO, NO_CHANNEL, OUTPUT_LIMIT, PORT_NAME, READY, Request, TIMED_OUT, read_request,
     write_answer,
 };
 
@@ -229,6 +229,8 @@ fn serve(path: &Path) -> io::Result<()> {
         let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
         write_answer(&mut *to, answer)
     };
+    // Whoever waits for this boot need not ask.
+    answer(&to, &Answer::Pong { id: HELLO })?;
     let (commands, queue) = channel_of::<(u64, u64, String)>();
     let answers = Arc::clone(&to);
     let runner = std::thread::spawn(move || -> io::Result<()> {

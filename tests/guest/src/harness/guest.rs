@@ -421,21 +421,23 @@ impl Machine {
         let client = self.client.as_mut().context("the guest has no agent")?;
         client.start(command, END_LIMIT)?;
         let deadline = Instant::now() + END_LIMIT + self.boots_within;
-        // The old agent no longer answers once the kernel goes down; but a slow one may answer
-        // late, and then it is still the old boot that says so.
+        // The next agent says that it is there; where that is not heard, it is asked.
+        let _ = client.begins(END_LIMIT);
         loop {
-            if !self.pings() {
-                self.client = None;
-                self.wait_for_agent()?;
-                let asked = self.client.as_mut().context("no agent")?;
-                match asked.run(BOOT_ID, ANSWER_LIMIT) {
-                    Ok(now) if now.status == 0 && now.stdout != boot => return Ok(()),
-                    _ => {}
-                }
+            // A slow agent of the old boot may answer late, and then it is still that one's.
+            if let Some(asked) = self.client.as_mut()
+                && let Ok(now) = asked.run(BOOT_ID, ANSWER_LIMIT)
+                && now.status == 0
+                && now.stdout != boot
+            {
+                return Ok(());
             }
             if Instant::now() >= deadline {
                 bail!("`{command}` did not take the guest down");
             }
+            std::thread::sleep(Duration::from_millis(100));
+            self.client = None;
+            self.wait_for_agent()?;
         }
     }
 
