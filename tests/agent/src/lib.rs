@@ -18,6 +18,10 @@ pub use frame::{Answer, Request, read_answer, read_request, write_answer, write_
 /// The exit status of a command that was killed because its limit passed, as `timeout(1)` has it.
 pub const TIMED_OUT: i32 = 124;
 
+/// The status of a test of a guest that says nothing of what it tests, since the host it ran in is
+/// broken.
+pub const NO_VERDICT: u8 = 99;
+
 /// The most bytes of output that one command may return; the rest is dropped at the source.
 pub const OUTPUT_LIMIT: usize = 16 << 20;
 

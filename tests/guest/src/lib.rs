@@ -53,6 +53,13 @@ pub const ALL: &[(&str, &[Test])] = &[
     ("vtd", vtd::TESTS),
 ];
 
+/// Whether a test ended so since its host was broken: it may be run again, in another.
+pub fn is_no_verdict(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<harness::process::HostBroken>()
+        .is_some()
+}
+
 /// Does what the command line says: `list`, or `run MODULE::TEST`.
 ///
 /// # Errors

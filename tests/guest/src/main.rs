@@ -9,7 +9,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error:#}");
-            ExitCode::FAILURE
+            if guest::is_no_verdict(&error) {
+                ExitCode::from(agent::NO_VERDICT)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }

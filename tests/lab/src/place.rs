@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 
 use crate::machine::{Host, Hosts, IN_HOST, SHARE};
@@ -255,6 +255,11 @@ impl Place {
         print!("{}", lines_to_show(&output.stdout));
         match output.status {
             0 => Ok(None),
+            status if status == i32::from(agent::NO_VERDICT) => {
+                host.state_to(logs);
+                self.running = None;
+                Ok(Some(anyhow!("{}", output.stderr.trim())))
+            }
             agent::TIMED_OUT => {
                 // Its VMM may still run.
                 self.running = None;

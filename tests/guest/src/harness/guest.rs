@@ -10,7 +10,8 @@ use agent::{Client, Output};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::api::Api;
-use super::{Lab, dmesg, process};
+use super::process::{self, HostBroken};
+use super::{Lab, dmesg};
 
 /// How long a guest may take until its agent answers.
 const BOOT_LIMIT: Duration = Duration::from_secs(400);
@@ -196,7 +197,7 @@ impl Guest {
             drop(machine);
             if let Ok(mut again) = self.clone().verbose().start(lab) {
                 std::thread::sleep(HANG_LIMIT);
-                return Err(error.context(again.last_words()));
+                return Err(again.with_last_words(error));
             }
         }
         Err(error)
@@ -332,7 +333,7 @@ impl Machine {
                 self.client = Some(client);
                 Ok(())
             }
-            Err(error) => Err(anyhow!(error).context(self.last_words())),
+            Err(error) => Err(self.with_last_words(anyhow!(error))),
         }
     }
 
@@ -390,8 +391,9 @@ impl Machine {
     pub fn viommus(&self) -> Result<serde_json::Value> {
         let states = || {
             let said = lossy(&self.said);
-            said.lines()
-                .filter(|l| l.starts_with("{\"viommus\""))
+            // The last line may be half written yet.
+            said.split_inclusive('\n')
+                .filter(|l| l.starts_with("{\"viommus\"") && l.ends_with('\n'))
                 .map(str::to_owned)
                 .collect::<Vec<_>>()
         };
@@ -494,7 +496,7 @@ impl Machine {
                 while self.child.try_wait()?.is_none() && Instant::now() < deadline {
                     std::thread::sleep(Duration::from_millis(20));
                 }
-                Err(anyhow!(error).context(self.last_words()))
+                Err(self.with_last_words(anyhow!(error)))
             }
         }
     }
@@ -570,17 +572,15 @@ impl Machine {
                 });
             }
             if Instant::now() >= deadline {
-                bail!(
-                    "nestling did not end within {} s\n{}",
-                    limit.as_secs(),
-                    self.last_words()
-                );
+                let error = anyhow!("nestling did not end within {} s", limit.as_secs());
+                return Err(self.with_last_words(error));
             }
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 
-    fn last_words(&mut self) -> String {
+    /// `error` with what the guest and nestling had to say.
+    fn with_last_words(&mut self, error: anyhow::Error) -> anyhow::Error {
         let said = lossy(&self.said);
         let ended = match self.child.try_wait() {
             Ok(Some(status)) => format!("nestling ended: {status}\n"),
@@ -589,19 +589,20 @@ impl Machine {
         let console = lossy(&self.console);
         let lines: Vec<&str> = console.lines().collect();
         let from = lines.len().saturating_sub(15);
-        format!(
-            "{ended}nestling said: {said}\nits threads: {}\nits exits: {} and a second later: {}\n\
-             why vCPUs leave: {:#?}\n\
-             the console ended with:\n{}",
+        let exits = process::exits(self.pid());
+        std::thread::sleep(Duration::from_secs(1));
+        let later = process::exits(self.pid());
+        let why = process::why_they_leave();
+        let words = format!(
+            "{ended}nestling said: {said}\nits threads: {}\nits exits: {exits} and a second later: \
+             {later}\nwhy vCPUs leave: {why:#?}\nthe console ended with:\n{}",
             process::threads(self.pid()).join(", "),
-            process::exits(self.pid()),
-            {
-                std::thread::sleep(Duration::from_secs(1));
-                process::exits(self.pid())
-            },
-            process::why_they_leave(),
             lines[from..].join("\n")
-        )
+        );
+        if process::is_broken(&exits, &later, &why) {
+            return error.context(words).context(HostBroken);
+        }
+        error.context(words)
     }
 }
 
