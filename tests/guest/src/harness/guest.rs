@@ -599,7 +599,7 @@ impl Machine {
             process::threads(self.pid()).join(", "),
             lines[from..].join("\n")
         );
-        if process::is_broken(&exits, &later, &why) {
+        if process::is_broken(&exits, &later, &why, &lossy(Path::new("/proc/kallsyms"))) {
             return error.context(words).context(HostBroken);
         }
         error.context(words)

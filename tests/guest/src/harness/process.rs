@@ -231,13 +231,16 @@ impl std::error::Error for HostBroken {}
 const TOO_MANY: u32 = 1000;
 /// Where devices begin in the address space of nestling's guests; memory is below.
 const DEVICES: u64 = 3 << 30;
+/// The function of the host's kernel that enters a guest.
+const ENTRY: &str = "__svm_vcpu_run";
 
 /// Whether the host is broken, by a guest's [`exits`] before and after a second, and by
-/// [why its vCPUs left](why_they_leave): they do nothing but leave for one page fault, of memory,
-/// at one instruction, and KVM neither takes the fault nor repairs it nor asks nestling. It was
-/// seen once in some hundred guests of the emulated CPU; nothing that nestling or a guest does
-/// has this effect.
-pub fn is_broken(before: &str, after: &str, why: &[(String, u32)]) -> bool {
+/// [why its vCPUs left](why_they_leave): they do nothing but leave for one page fault at one
+/// instruction, and KVM neither takes the fault nor repairs it nor asks nestling; and the fault is
+/// one of memory, or the instruction is the host's own that entered the guest, which the emulated
+/// CPU gives for the guest's. `symbols` is the host's `/proc/kallsyms`. Nothing that nestling or a
+/// guest does has this effect.
+pub fn is_broken(before: &str, after: &str, why: &[(String, u32)], symbols: &str) -> bool {
     let without_total = |exits: &str| {
         let mut words: Vec<String> = exits.split_whitespace().map(str::to_owned).collect();
         words.drain(..words.len().min(2));
@@ -253,7 +256,7 @@ pub fn is_broken(before: &str, after: &str, why: &[(String, u32)]) -> bool {
         "reason",
         "npf",
         "rip",
-        _,
+        rip,
         "info1",
         _,
         "info2",
@@ -262,11 +265,30 @@ pub fn is_broken(before: &str, after: &str, why: &[(String, u32)]) -> bool {
     else {
         return false;
     };
-    let address = u64::from_str_radix(address.trim_start_matches("0x"), 16);
+    let is_memory = hexadecimal(address).is_some_and(|address| address < DEVICES);
+    let is_the_hosts = hexadecimal(rip).is_some_and(|rip| is_in(symbols, ENTRY, rip));
     *count >= TOO_MANY
-        && address.is_ok_and(|address| address < DEVICES)
+        && (is_memory || is_the_hosts)
         && !before.is_empty()
         && without_total(before) == without_total(after)
+}
+
+fn hexadecimal(number: &str) -> Option<u64> {
+    u64::from_str_radix(number.trim_start_matches("0x"), 16).ok()
+}
+
+/// Whether `address` lies between the symbol `name` and the one after it.
+fn is_in(symbols: &str, name: &str, address: u64) -> bool {
+    let mut named = symbols.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let at = hexadecimal(words.next()?)?;
+        Some((at, words.nth(1)?))
+    });
+    let Some((from, _)) = named.find(|(_, found)| *found == name) else {
+        return false;
+    };
+    let to = named.map(|(at, _)| at).filter(|at| *at > from).min();
+    address >= from && to.is_some_and(|to| address < to)
 }
 
 /// The host kernel's record of a tenth of a second of exits.
@@ -316,18 +338,30 @@ mod tests {
         assert_eq!(why, [(fault.to_owned(), 4000)]);
         let before = "exits 10 io_exits 2 irq_exits 4 pf_taken 7 ";
         let after = "exits 40010 io_exits 2 irq_exits 4 pf_taken 7 ";
-        assert!(is_broken(before, after, &why));
-        assert!(!is_broken("", "", &why), "KVM does not count");
-        assert!(!is_broken(before, after, &[]), "there is no trace");
+        assert!(is_broken(before, after, &why, ""));
+        assert!(!is_broken("", "", &why, ""), "KVM does not count");
+        assert!(!is_broken(before, after, &[], ""), "there is no trace");
         let taken = "exits 40010 io_exits 2 irq_exits 4 pf_taken 8 ";
-        assert!(!is_broken(before, taken, &why), "it gets on");
+        assert!(!is_broken(before, taken, &why, ""), "it gets on");
         let two = stuck.clone() + &line(1, "vcpu 0 reason msr rip 0x14 info1 0 info2 0");
-        assert!(!is_broken(before, after, &frequent(&two)), "it does more");
+        assert!(
+            !is_broken(before, after, &frequent(&two), ""),
+            "it does more"
+        );
         let kick = fault.replace("0x7b3000", "0xe0003000");
         let kicks: String = (0..4000).map(|n| line(n, &kick)).collect();
-        assert!(!is_broken(before, after, &frequent(&kicks)), "a doorbell");
+        assert!(
+            !is_broken(before, after, &frequent(&kicks), ""),
+            "a doorbell"
+        );
         let few: String = (0..9).map(|n| line(n, fault)).collect();
-        assert!(!is_broken(before, after, &frequent(&few)), "it waits");
+        assert!(!is_broken(before, after, &frequent(&few), ""), "it waits");
+
+        let symbols = "ff80 T before\nffa0 T __svm_vcpu_run\nffc0 T after\n";
+        let of_host = kick.replace("rip 0x12", "rip 0xffac");
+        let again: String = (0..4000).map(|n| line(n, &of_host)).collect();
+        assert!(is_broken(before, after, &frequent(&again), symbols));
+        assert!(!is_broken(before, after, &frequent(&kicks), symbols));
     }
 
     #[test]
