@@ -15,6 +15,8 @@ use super::{Lab, dmesg};
 
 /// How long a guest may take until its agent answers.
 const BOOT_LIMIT: Duration = Duration::from_secs(400);
+/// How often a guest that does not answer yet is looked at for whether it can.
+const LOOK: Duration = Duration::from_secs(60);
 /// How long a guest that hung may run again for its log.
 const HANG_LIMIT: Duration = Duration::from_secs(40);
 /// How long a command in a guest may take: longer than what it may wait for ([`until`]).
@@ -192,7 +194,8 @@ impl Guest {
         let Err(error) = machine.wait_for_agent() else {
             return Ok(machine);
         };
-        if !self.verbose && machine.child.try_wait()?.is_none() {
+        let hangs = !error.is::<HostBroken>() && machine.child.try_wait()?.is_none();
+        if hangs && !self.verbose {
             // It hangs, and its console was quiet: the same once more, for the log of it.
             drop(machine);
             if let Ok(mut again) = self.clone().verbose().start(lab) {
@@ -327,7 +330,17 @@ pub struct Ended {
 impl Machine {
     fn wait_for_agent(&mut self) -> Result<()> {
         let child = &mut self.child;
-        let alive = || matches!(child.try_wait(), Ok(None));
+        let mut looked = Instant::now();
+        let alive = || {
+            if looked.elapsed() >= LOOK {
+                let broken = process::Doings::of(child.id()).broken;
+                looked = Instant::now();
+                if broken {
+                    return false;
+                }
+            }
+            matches!(child.try_wait(), Ok(None))
+        };
         match Client::connect(&self.socket, self.boots_within, alive) {
             Ok(client) => {
                 self.client = Some(client);
@@ -589,17 +602,19 @@ impl Machine {
         let console = lossy(&self.console);
         let lines: Vec<&str> = console.lines().collect();
         let from = lines.len().saturating_sub(15);
-        let exits = process::exits(self.pid());
-        std::thread::sleep(Duration::from_secs(1));
-        let later = process::exits(self.pid());
-        let why = process::why_they_leave();
+        let process::Doings {
+            exits,
+            later,
+            why,
+            broken,
+        } = process::Doings::of(self.pid());
         let words = format!(
             "{ended}nestling said: {said}\nits threads: {}\nits exits: {exits} and a second later: \
              {later}\nwhy vCPUs leave: {why:#?}\nthe console ended with:\n{}",
             process::threads(self.pid()).join(", "),
             lines[from..].join("\n")
         );
-        if process::is_broken(&exits, &later, &why, &lossy(Path::new("/proc/kallsyms"))) {
+        if broken {
             return error.context(words).context(HostBroken);
         }
         error.context(words)

@@ -162,7 +162,7 @@ pub fn mmio_exits(pid: u32) -> Result<u64> {
 
 /// How often the guest of a process has left to KVM so far, by reason. Of two answers some time
 /// apart the difference says what a guest that hangs is doing.
-pub fn exits(pid: u32) -> String {
+fn exits(pid: u32) -> String {
     let guests = fs::read_dir("/sys/kernel/debug/kvm")
         .into_iter()
         .flatten()
@@ -194,7 +194,7 @@ pub fn exits(pid: u32) -> String {
 
 /// Why vCPUs left their guests in a tenth of a second, and where they were, the most frequent ones
 /// first: what a guest that hangs is doing. Of all guests of this host.
-pub fn why_they_leave() -> Vec<(String, u32)> {
+fn why_they_leave() -> Vec<(String, u32)> {
     trace_exits().map_or_else(Vec::new, |trace| frequent(&trace))
 }
 
@@ -234,13 +234,44 @@ const DEVICES: u64 = 3 << 30;
 /// The function of the host's kernel that enters a guest.
 const ENTRY: &str = "__svm_vcpu_run";
 
+/// What the vCPUs of a guest do that does not answer.
+#[derive(Debug)]
+pub struct Doings {
+    /// How often KVM counted each kind of exit.
+    pub exits: String,
+    /// The same a second later.
+    pub later: String,
+    /// [Why they leave](why_they_leave).
+    pub why: Vec<(String, u32)>,
+    /// Whether [the host is broken](is_broken).
+    pub broken: bool,
+}
+
+impl Doings {
+    /// Looks at the guest of process `pid`, for a second.
+    pub fn of(pid: u32) -> Self {
+        let before = exits(pid);
+        std::thread::sleep(Duration::from_secs(1));
+        let later = exits(pid);
+        let why = why_they_leave();
+        let symbols = fs::read_to_string("/proc/kallsyms").unwrap_or_default();
+        let broken = is_broken(&before, &later, &why, &symbols);
+        Self {
+            exits: before,
+            later,
+            why,
+            broken,
+        }
+    }
+}
+
 /// Whether the host is broken, by a guest's [`exits`] before and after a second, and by
 /// [why its vCPUs left](why_they_leave): they do nothing but leave for one page fault at one
 /// instruction, and KVM neither takes the fault nor repairs it nor asks nestling; and the fault is
 /// one of memory, or the instruction is the host's own that entered the guest, which the emulated
 /// CPU gives for the guest's. `symbols` is the host's `/proc/kallsyms`. Nothing that nestling or a
 /// guest does has this effect.
-pub fn is_broken(before: &str, after: &str, why: &[(String, u32)], symbols: &str) -> bool {
+fn is_broken(before: &str, after: &str, why: &[(String, u32)], symbols: &str) -> bool {
     let without_total = |exits: &str| {
         let mut words: Vec<String> = exits.split_whitespace().map(str::to_owned).collect();
         words.drain(..words.len().min(2));
