@@ -241,9 +241,9 @@ pub struct Doings {
     pub exits: String,
     /// The same a second later.
     pub later: String,
-    /// [Why they leave](why_they_leave).
+    /// Why they left in a tenth of a second and where they were, the most frequent ones first.
     pub why: Vec<(String, u32)>,
-    /// Whether [the host is broken](is_broken).
+    /// Whether the host is broken, so that no guest gets on.
     pub broken: bool,
 }
 
