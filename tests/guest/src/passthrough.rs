@@ -88,8 +88,7 @@ pub const TESTS: &[Test] = &[
     .profile("vtd"),
     Test::new("an_nvme_drive_keeps_a_gibibyte", gibibyte)
         .profile("vtd")
-        .limit(900)
-        .on_request(),
+        .limit(900),
     Test::new(
         "an_nvme_drive_works_on_a_host_without_iommufd",
         by_its_group,
