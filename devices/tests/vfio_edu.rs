@@ -119,6 +119,10 @@ impl EventSink for Deaf {
     fn fault(&self, fault: Fault) {
         panic!("the kernel reports no faults: {fault:?}");
     }
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, request: PageRequest) {
         panic!("the engine has no PRI: {request:?}");
     }

@@ -47,6 +47,10 @@ impl EventSink for Nobody {
     fn fault(&self, fault: Fault) {
         eprintln!("a fault in a benchmark: {fault:?}");
     }
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, _: PageRequest) {}
 }
 

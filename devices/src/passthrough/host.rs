@@ -422,6 +422,11 @@ impl EventSink for NoFrontEnd {
         log::debug!("{fault:?}");
     }
 
+    /// Nobody lets it have translations of its own.
+    fn translation_request(&self, _: Target, _: viommu::Iova) -> bool {
+        false
+    }
+
     fn page_request(&self, request: PageRequest) {
         // Its table is the kernel's, which has no page requests.
         log::debug!("{request:?}");

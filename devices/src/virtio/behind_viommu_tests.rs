@@ -26,6 +26,10 @@ impl EventSink for Faults {
     fn fault(&self, fault: Fault) {
         self.0.lock().unwrap().push((fault.iova.0, fault.access));
     }
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, _request: PageRequest) {}
 }
 

@@ -394,10 +394,7 @@ pub trait EventSink: Send + Sync {
     /// or, from what is in force, the answer that there is none. If not, its request is not
     /// supported and the front end has told the guest as much as it wants to know. Called before
     /// the piece of DMA work that the translation is for.
-    fn translation_request(&self, target: Target, iova: Iova) -> bool {
-        let _ = (target, iova);
-        true
-    }
+    fn translation_request(&self, target: Target, iova: Iova) -> bool;
 
     /// An endpoint asks for a page. The sink owes the back end one
     /// [`respond`](Backend::respond) per group, whatever happens to the guest.

@@ -33,6 +33,10 @@ impl EventSink for Sink {
     fn fault(&self, fault: Fault) {
         panic!("{fault:?}");
     }
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, request: PageRequest) {
         self.0.lock().unwrap().send(request).unwrap();
     }

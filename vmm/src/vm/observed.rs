@@ -183,6 +183,10 @@ impl EventSink for Telling {
         }
     }
 
+    fn translation_request(&self, target: Target, iova: Iova) -> bool {
+        self.sink.translation_request(target, iova)
+    }
+
     fn page_request(&self, request: PageRequest) {
         self.sink.page_request(request);
     }
@@ -200,6 +204,10 @@ mod tests {
 
     impl EventSink for Quiet {
         fn fault(&self, _fault: Fault) {}
+        fn translation_request(&self, target: Target, iova: Iova) -> bool {
+            target.pasid.is_none() && iova == Iova(0x1000)
+        }
+
         fn page_request(&self, _request: PageRequest) {}
     }
 
@@ -224,6 +232,9 @@ mod tests {
             viommu: "unit".into(),
             told,
         };
+        // What the front end says of a translation request is what the device hears.
+        assert!(telling.translation_request(target, Iova(0x1000)));
+        assert!(!telling.translation_request(target, Iova(0x2000)));
         telling.fault(Fault {
             target,
             iova: Iova(0x1000),

@@ -81,6 +81,10 @@ impl EventSink for Told {
     fn fault(&self, fault: Fault) {
         self.faults.lock().unwrap().push(fault);
     }
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, request: PageRequest) {
         self.requests.lock().unwrap().push(request);
     }

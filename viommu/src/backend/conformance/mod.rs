@@ -225,6 +225,10 @@ impl EventSink for Heard {
         faults.push(fault);
     }
 
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, request: PageRequest) {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         requests.push(request);

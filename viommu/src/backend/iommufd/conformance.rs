@@ -36,6 +36,10 @@ impl EventSink for Counting {
         self.0.fault(fault);
     }
 
+    fn translation_request(&self, target: Target, iova: Iova) -> bool {
+        self.0.translation_request(target, iova)
+    }
+
     fn page_request(&self, request: PageRequest) {
         self.0.page_request(request);
         *self.1.count.lock().unwrap() += 1;

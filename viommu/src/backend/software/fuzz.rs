@@ -24,6 +24,10 @@ impl EventSink for Faults {
     fn fault(&self, _: Fault) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
     }
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, _: PageRequest) {}
 }
 

@@ -254,6 +254,10 @@ struct Nobody;
 
 impl EventSink for Nobody {
     fn fault(&self, _: Fault) {}
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, _: PageRequest) {}
 }
 

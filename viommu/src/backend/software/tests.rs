@@ -33,6 +33,10 @@ impl EventSink for Events {
     fn fault(&self, fault: Fault) {
         self.faults.lock().unwrap().push(fault);
     }
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, request: PageRequest) {
         self.requests.lock().unwrap().push(request);
     }

@@ -68,6 +68,10 @@ impl EventSink for Sink {
         panic!("the kernel reports no faults: {fault:?}");
     }
 
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, request: PageRequest) {
         self.0.lock().unwrap().push(request);
     }

@@ -59,6 +59,10 @@ impl EventSink for Again {
         panic!("the kernel reports no faults: {fault:?}");
     }
 
+    fn translation_request(&self, _: Target, _: Iova) -> bool {
+        true
+    }
+
     fn page_request(&self, request: PageRequest) {
         self.bench.host.respond(PageResponse {
             target: request.target,
