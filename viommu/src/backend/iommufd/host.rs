@@ -18,7 +18,7 @@ use super::memory::Memory;
 use super::nested::{self, Tables};
 use super::object::Hwpt;
 use super::parent::Parent;
-use super::shadow::Shadow;
+use super::shadow::{self, Shadow};
 use super::space::{AddressSpace, Area, Areas};
 use crate::backend::{
     Backend, Capabilities, EventSink, Invalidation, InvalidationRange, Mapping, Objects,
@@ -480,18 +480,6 @@ impl HostIommu {
     }
 }
 
-/// What of a batch is to be done for one mirror: when everything is among it, that and nothing
-/// else, once, however often a guest asks for it.
-fn once(ranges: Vec<(usize, InvalidationRange)>) -> Vec<(usize, InvalidationRange)> {
-    let all = ranges
-        .iter()
-        .any(|(_, range)| *range == InvalidationRange::All);
-    match ranges.first() {
-        Some(&(index, _)) if all => vec![(index, InvalidationRange::All)],
-        _ => ranges,
-    }
-}
-
 impl Backend for HostIommu {
     fn capabilities(&self) -> Capabilities {
         self.endpoints()
@@ -591,7 +579,7 @@ impl Backend for HostIommu {
         }
         let mut took_effect = work.run().unwrap_or(batch.len());
         for (shadow, ranges) in mirrors.into_values() {
-            for (index, range) in once(ranges) {
+            for (index, range) in shadow::once(ranges) {
                 let (range, selective) = match range {
                     InvalidationRange::All => ((0, u64::MAX), false),
                     InvalidationRange::Pages { count: 0, .. } => continue,
@@ -791,30 +779,5 @@ impl HostIommu {
             gpa: gpa.0,
             access,
         })
-    }
-}
-
-#[cfg(test)]
-mod once_tests {
-    use super::*;
-    use crate::Iova;
-
-    #[test]
-    fn a_mirror_is_made_anew_once_however_often_a_batch_asks_for_everything() {
-        let all = |index| (index, InvalidationRange::All);
-        let pages = |index| {
-            let first = Iova(0x1000);
-            let range = InvalidationRange::Pages {
-                first,
-                count: 1,
-                leaf: false,
-            };
-            (index, range)
-        };
-        assert_eq!(once(vec![]), []);
-        let some = vec![pages(1), pages(4)];
-        assert_eq!(once(some.clone()), some);
-        // The first to have failed if it fails: none of those after it is done then.
-        assert_eq!(once(vec![pages(2), all(3), pages(5), all(9)]), [all(2)]);
     }
 }

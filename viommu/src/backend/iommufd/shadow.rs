@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::memory::Memory;
 use super::space::{AddressSpace, Area, Areas};
-use crate::backend::{Access, Refused, Stage2};
+use crate::backend::{Access, InvalidationRange, Refused, Stage2};
 use crate::reserved::Regions;
 use crate::{Gpa, GuestRam};
 
@@ -353,5 +353,42 @@ fn failed(call: &'static str, iova: u64, source: io::Error) -> Refused {
         call,
         object: format!("the mirror of a second-stage table at {iova:#x}"),
         source,
+    }
+}
+
+/// What of a batch is to be done for one mirror: when everything is among it, that and nothing
+/// else, once, however often a guest asks for it.
+pub(super) fn once(ranges: Vec<(usize, InvalidationRange)>) -> Vec<(usize, InvalidationRange)> {
+    let all = ranges
+        .iter()
+        .any(|(_, range)| *range == InvalidationRange::All);
+    match ranges.first() {
+        Some(&(index, _)) if all => vec![(index, InvalidationRange::All)],
+        _ => ranges,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Iova;
+
+    #[test]
+    fn a_mirror_is_made_anew_once_however_often_a_batch_asks_for_everything() {
+        let all = |index| (index, InvalidationRange::All);
+        let pages = |index| {
+            let first = Iova(0x1000);
+            let range = InvalidationRange::Pages {
+                first,
+                count: 1,
+                leaf: false,
+            };
+            (index, range)
+        };
+        assert_eq!(once(vec![]), []);
+        let some = vec![pages(1), pages(4)];
+        assert_eq!(once(some.clone()), some);
+        // The first to have failed if it fails: none of those after it is done then.
+        assert_eq!(once(vec![pages(2), all(3), pages(5), all(9)]), [all(2)]);
     }
 }
