@@ -10,6 +10,7 @@ pub mod fuzz;
 pub mod images;
 pub mod lost;
 pub mod machine;
+pub mod mend;
 pub mod modules;
 pub mod place;
 pub mod profile;

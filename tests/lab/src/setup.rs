@@ -9,13 +9,16 @@ use anyhow::{Context, Result, bail};
 use crate::cache::{Cache, sha256};
 use crate::debian::{self, Apt};
 use crate::engine;
+use crate::mend;
 use crate::modules;
 use crate::report::{note, step};
 
 /// The oldest QEMU whose SVM emulation runs guests without corrupting them.
 const QEMU_MIN: (u32, u32, u32) = (10, 0, 2);
-/// Where it comes from when the system has none.
+/// Where it comes from when the system has none, or one with a fault that is mended in ours.
 const QEMU_SUITE: &str = "bookworm-backports";
+/// Its place in a tree of Debian's packages.
+const QEMU_PROGRAM: &str = "usr/bin/qemu-system-x86_64";
 
 /// The host kernel that may stand ready beside the project, and its sum.
 const READY_KERNEL: &str = "../shared/lab/bzImage-host-7.2.12";
@@ -200,17 +203,31 @@ fn qemu(cache: &Cache, apt: &mut LazyApt) -> Result<Qemu> {
         program: "/usr/bin/qemu-system-x86_64".into(),
         tree: None,
     };
-    if system.program.exists() && system.version().is_ok_and(|v| v >= QEMU_MIN) {
+    if system.program.exists()
+        && system.version().is_ok_and(|v| v >= QEMU_MIN)
+        && !mend::is_needed(&fs::read(&system.program)?)
+    {
         return Ok(system);
     }
-    let tree = cache.component("qemu", |to| {
+    let tree = cache.component("qemu-mended", |to| {
         step(&format!("fetch QEMU from {QEMU_SUITE}"), || {
             apt.get()?
-                .unpack_with_dependencies("qemu-system-x86", QEMU_SUITE, to)
+                .unpack_with_dependencies("qemu-system-x86", QEMU_SUITE, to)?;
+            let program = to.join(QEMU_PROGRAM);
+            let mut bytes = fs::read(&program)?;
+            if mend::mend(&mut bytes) {
+                fs::write(&program, bytes)?;
+            } else {
+                note(
+                    "this QEMU is not the one that the lab knows how to mend: its CPU may give a \
+                     guest an interrupt twice",
+                );
+            }
+            Ok(())
         })
     })?;
     let qemu = Qemu {
-        program: tree.join("usr/bin/qemu-system-x86_64"),
+        program: tree.join(QEMU_PROGRAM),
         tree: Some(tree),
     };
     let version = qemu.version()?;
