@@ -17,8 +17,7 @@ use crate::vtd::{disk_keeps, groups_are};
 pub const TESTS: &[Test] = &[
     Test::new("stock_7_2_moves_them_between_8_cpus_under_load", |lab| {
         remapped(lab, "7.2", 8)
-    })
-    .on_request(),
+    }),
     Test::new("stock_6_12_moves_them_under_load", |lab| {
         remapped(lab, "6.12", 4)
     }),

@@ -28,13 +28,11 @@ pub const TESTS: &[Test] = &[
     Test::new("a_guest_of_a_guest_has_pasids", |lab| {
         host_of(lab, WIDE, "nested::pasids")
     })
-    .limit(3000)
-    .on_request(),
+    .limit(3000),
     Test::new("processes_of_a_guest_of_a_guest_share_a_device", |lab| {
         host_of(lab, WIDE, "nested::processes")
     })
-    .limit(3000)
-    .on_request(),
+    .limit(3000),
     Test::new("devices", devices).inside().faults(),
     Test::new("pasids", pasids).inside().faults(),
     Test::new("processes", processes).inside().faults(),
