@@ -114,10 +114,11 @@ impl HostIommu {
         let parent = self.parent_for(rid, &device, &info)?;
         // The parent is in force now; reserved regions can be read.
         let usable = self.memory.ioas().usable();
-        device
-            .attach
-            .detach(None)
-            .map_err(|e| Unfit::host("VFIO_DEVICE_DETACH_IOMMUFD_PT", rid.to_string(), e))?;
+        device.attach.detach(None).map_err(|e| {
+            // It still reaches guest memory until it is closed.
+            device.attach.stop();
+            Unfit::host("VFIO_DEVICE_DETACH_IOMMUFD_PT", rid.to_string(), e)
+        })?;
         let usable =
             usable.map_err(|e| Unfit::host("IOMMU_IOAS_IOVA_RANGES", rid.to_string(), e))?;
         let width = address_width(&info, &usable, parent.kind());

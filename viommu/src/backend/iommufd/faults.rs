@@ -131,12 +131,31 @@ impl Faults {
         self.pending().devices.remove(&device);
     }
 
-    /// Forgets the groups of a target whose table has just been taken away: the kernel has
-    /// answered them.
-    pub(super) fn forget(&self, target: Target) {
-        // A group that was read before the table went is on record here, since reading and
-        // recording are one step under this lock.
-        self.pending().book.withdraw(Scope::Target(target));
+    /// Takes the table of `target` away by the call `take`. The kernel answers the target's groups
+    /// with it, so they are forgotten.
+    ///
+    /// # Errors
+    /// Those of `take`; nothing is forgotten then.
+    pub(super) fn with_table<E>(
+        &self,
+        target: Target,
+        take: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        // One step for who reads and who answers: what is on record now is of the old table, and
+        // what a new one gets is not. In between, the cookie of an answer could be another group's.
+        let mut pending = self.pending();
+        take()?;
+        pending.book.withdraw(Scope::Target(target));
+        Ok(())
+    }
+
+    /// Answers what still waits for the front end that `endpoint` had. What could be detached has
+    /// been answered by the kernel.
+    pub(super) fn abandon(&self, endpoint: Rid) {
+        let mut pending = self.pending();
+        for group in pending.book.withdraw(Scope::Endpoint(endpoint)) {
+            self.answer(group.ticket, ResponseCode::Invalid);
+        }
     }
 
     /// How many groups are not answered.
@@ -147,8 +166,8 @@ impl Faults {
     /// Answers a group; one that is not on record was answered already.
     pub(super) fn respond(&self, response: PageResponse) {
         let mut pending = self.pending();
-        // The lock is held over the answer: a detach in between would let the kernel use the
-        // cookie's number again, for a group that this is no answer to.
+        // The lock is held over the answer: a detach in between (`with_table`) would let the kernel
+        // use the cookie's number again, for a group that this is no answer to.
         if let Some(cookie) = pending.book.respond(response.target, response.group) {
             self.answer(cookie, response.code);
         }

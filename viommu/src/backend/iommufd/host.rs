@@ -369,10 +369,12 @@ impl HostIommu {
         let Some(attachment) = state.targets.get_mut(&pasid) else {
             return Ok(());
         };
-        if let Err(source) = endpoint.device.attach.detach(pasid) {
+        let detach = || endpoint.device.attach.detach(pasid);
+        let target = endpoint.target(pasid);
+        let asks = attachment.hwpt.has_faults();
+        if let Err(source) = self.take_away(target, asks, detach) {
             attachment.stuck = true;
             endpoint.device.attach.stop();
-            let target = endpoint.target(pasid);
             log::error!("{target} cannot be detached ({source}); all DMA of the device is stopped");
             return Err(Refused::Host {
                 call: "VFIO_DEVICE_DETACH_IOMMUFD_PT",
@@ -384,13 +386,20 @@ impl HostIommu {
         if was_stuck && state.targets.values().all(|other| !other.stuck) {
             endpoint.device.attach.resume();
         }
-        self.forget_requests(endpoint.target(pasid));
         Ok(())
     }
 
-    fn forget_requests(&self, target: Target) {
-        if let Some(faults) = self.faults() {
-            faults.forget(target);
+    /// Does the call that takes the table of `target` away, and its page requests with it if it
+    /// `asks` for pages.
+    fn take_away(
+        &self,
+        target: Target,
+        asks: bool,
+        call: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        match self.faults().filter(|_| asks) {
+            Some(faults) => faults.with_table(target, call),
+            None => call(),
         }
     }
 
@@ -419,7 +428,12 @@ impl HostIommu {
                 self.block(endpoint, state, pasid)?;
             }
         }
-        let attach = || endpoint.device.attach.attach(pasid, new.hwpt.id());
+        let old = state.targets.get(&pasid);
+        let asks = old.is_some_and(|old| old.hwpt.has_faults());
+        let attach = || {
+            let attach = || endpoint.device.attach.attach(pasid, new.hwpt.id());
+            self.take_away(endpoint.target(pasid), asks, attach)
+        };
         let mut result = self.while_in_reset(attach);
         if result.is_err() && state.targets.contains_key(&pasid) {
             // The hardware has nothing now and iommufd the old table. Detached, they agree; and
@@ -429,10 +443,7 @@ impl HostIommu {
         }
         match result {
             Ok(()) => {
-                let replaced = state.targets.insert(pasid, new).is_some();
-                if replaced {
-                    self.forget_requests(endpoint.target(pasid));
-                }
+                state.targets.insert(pasid, new);
                 Ok(())
             }
             Err(source) => Err(Refused::Host {
@@ -514,6 +525,9 @@ impl Backend for HostIommu {
         state.claimed = false;
         if let Err(error) = self.block_all(&found, &mut state) {
             log::error!("{endpoint} is released with its DMA stopped: {error}");
+            if let Some(faults) = self.faults() {
+                faults.abandon(endpoint);
+            }
         }
     }
 

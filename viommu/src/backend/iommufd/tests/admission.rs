@@ -284,3 +284,12 @@ fn admission_that_fails_at_any_call_leaves_nothing() {
         assert!(bench.objects() <= before + 1);
     }
 }
+
+#[test]
+fn a_device_that_cannot_be_detached_after_its_admission_is_stopped() {
+    let bench = Bench::empty();
+    bench.fake.world().fail_all = Some(("detach", libc::EIO));
+    bench.add(A, |_| {}).unwrap_err();
+    let device = bench.device(A);
+    assert!(device.hardware.is_empty() || device.stopped);
+}

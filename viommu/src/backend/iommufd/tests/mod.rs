@@ -21,7 +21,7 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::fake::{Fake, FakeArea, FakeAttach, FakeDevice, FakeIommu, Object};
 use super::hwinfo::VtdHardware;
-use super::{Device, HostIommu, Unfit};
+use super::{AttachDevice, Device, HostIommu, Unfit};
 use crate::backend::{
     Access, Backend, Capabilities, EventSink, Fault, Invalidation, InvalidationRange, Mapping,
     Objects, PageRequest, PageResponse, Refused, ResponseCode, Scope, Stage1, Stage2, Translation,
@@ -140,6 +140,16 @@ impl Bench {
     }
 
     pub(super) fn add(&self, rid: Rid, change: impl FnOnce(&mut FakeDevice)) -> Result<(), Unfit> {
+        self.add_through(rid, change, |attach| Arc::new(attach))
+    }
+
+    /// The same, of a device that is attached through what `through` makes.
+    fn add_through(
+        &self,
+        rid: Rid,
+        change: impl FnOnce(&mut FakeDevice),
+        through: impl FnOnce(FakeAttach) -> Arc<dyn AttachDevice>,
+    ) -> Result<(), Unfit> {
         let mut device = FakeDevice {
             iommu: 0,
             pasid_bits: 20,
@@ -157,7 +167,7 @@ impl Bench {
         self.fake.world().devices.insert(id, device);
         let device = Device {
             id,
-            attach: Arc::new(FakeAttach {
+            attach: through(FakeAttach {
                 fake: self.fake.clone(),
                 id,
             }),

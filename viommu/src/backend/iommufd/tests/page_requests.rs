@@ -1,6 +1,8 @@
 //! Page requests and their answers (`linux.md`, A6).
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{JoinHandle, sleep, spawn};
 
 use super::*;
 
@@ -181,4 +183,139 @@ fn a_device_without_pri_gets_tables_without_a_fault_queue() {
         "not shared with one that has"
     );
     bench.check();
+}
+
+/// What is done once, after the next attach or detach and before the back end knows that the call
+/// has returned.
+#[derive(Clone, Default)]
+struct Between(Arc<Mutex<Option<Once>>>);
+
+type Once = Box<dyn FnOnce() + Send>;
+
+impl Between {
+    fn set(&self, what: impl FnOnce() + Send + 'static) {
+        *self.0.lock().unwrap() = Some(Box::new(what));
+    }
+
+    fn run(&self) {
+        let what = self.0.lock().unwrap().take();
+        if let Some(what) = what {
+            what();
+        }
+    }
+}
+
+struct AttachAnd(FakeAttach, Between);
+
+impl AttachDevice for AttachAnd {
+    fn attach(&self, pasid: Option<Pasid>, hwpt: u32) -> io::Result<()> {
+        let result = self.0.attach(pasid, hwpt);
+        self.1.run();
+        result
+    }
+
+    fn detach(&self, pasid: Option<Pasid>) -> io::Result<()> {
+        let result = self.0.detach(pasid);
+        self.1.run();
+        result
+    }
+
+    fn stop(&self) {
+        self.0.stop();
+    }
+
+    fn resume(&self) {
+        self.0.resume();
+    }
+}
+
+/// A and B, and what comes between A's calls.
+fn with_between() -> (&'static Bench, Between) {
+    let bench: &Bench = Box::leak(Box::new(Bench::empty()));
+    let between = Between::default();
+    let through = |attach| Arc::new(AttachAnd(attach, between.clone())) as Arc<dyn AttachDevice>;
+    bench.add_through(A, |_| {}, through).unwrap();
+    bench.add(B, |_| {}).unwrap();
+    for rid in [A, B] {
+        bench.host.claim(rid, bench.sink.clone()).unwrap();
+    }
+    (bench, between)
+}
+
+/// Gives what must not happen yet a chance to.
+fn a_moment_or(done: impl Fn() -> bool) {
+    for _ in 0..200 {
+        if done() {
+            return;
+        }
+        sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_request_of_a_new_table_is_not_forgotten_with_those_of_the_old() {
+    for (target, old) in [
+        (pasid(A, 5), stage1(0x1000)),
+        (Target::rid(A), Translation::Identity),
+    ] {
+        let (bench, between) = with_between();
+        bench.host.apply(target, old).unwrap();
+        between.set(move || {
+            bench.fake.page_request(A.0.into(), target.pasid, 3, 0);
+            a_moment_or(|| bench.sink.count() > 0);
+        });
+        bench.host.apply(target, stage1(0x2000)).unwrap();
+        let request = bench.sink.take(1)[0];
+        assert_eq!((request.target, request.group), (target, 3));
+        bench.host.respond(PageResponse {
+            target,
+            group: 3,
+            code: ResponseCode::Success,
+        });
+        assert_eq!(bench.fake.responses(), [(0, 0)]);
+    }
+}
+
+#[test]
+fn an_answer_that_comes_while_its_table_goes_answers_nobody_else() {
+    for after in [Translation::Blocked, stage1(0x2000), Translation::Identity] {
+        let (bench, between) = with_between();
+        bench.host.apply(pasid(A, 5), stage1(0x1000)).unwrap();
+        bench.host.apply(pasid(B, 6), stage1(0x2000)).unwrap();
+        let old = bench.fake.page_request(A.0.into(), Some(Pasid(5)), 1, 0);
+        bench.sink.take(1);
+        let answering = Arc::new(Mutex::<Option<JoinHandle<()>>>::default());
+        let also = answering.clone();
+        between.set(move || {
+            // The kernel has answered A, and gives the number to B's request.
+            let new = bench.fake.page_request(B.0.into(), Some(Pasid(6)), 1, 0);
+            assert_eq!(old, new);
+            let answer = spawn(|| {
+                bench.host.respond(PageResponse {
+                    target: pasid(A, 5),
+                    group: 1,
+                    code: ResponseCode::Success,
+                });
+            });
+            a_moment_or(|| answer.is_finished());
+            *also.lock().unwrap() = Some(answer);
+        });
+        bench.host.apply(pasid(A, 5), after).unwrap();
+        answering.lock().unwrap().take().unwrap().join().unwrap();
+        assert_eq!(bench.fake.responses(), [], "B has A's answer");
+        assert_eq!(bench.sink.take(1)[0].target, pasid(B, 6));
+        assert_eq!(bench.host.objects().page_requests, 1);
+    }
+}
+
+#[test]
+fn what_waits_is_answered_when_its_endpoint_is_released_and_cannot_be_detached() {
+    let bench = Bench::new();
+    bench.host.apply(pasid(A, 5), stage1(0x1000)).unwrap();
+    let cookie = bench.fake.page_request(A.0.into(), Some(Pasid(5)), 1, 0);
+    bench.sink.take(1);
+    bench.fake.world().fail_all = Some(("detach", libc::EIO));
+    bench.host.release(A);
+    assert_eq!(bench.fake.responses(), [(cookie, 1)]);
+    assert_eq!(bench.host.objects().page_requests, 0);
 }
