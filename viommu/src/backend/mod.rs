@@ -230,6 +230,15 @@ pub enum Refused {
         /// How many are allowed.
         limit: u64,
     },
+    /// Some mappings were added before one was refused, and could not be removed again.
+    #[error("domain {} has mappings that were refused and cannot be removed; destroy it", .domain.0)]
+    Torn {
+        /// Which domain.
+        domain: DomainId,
+        /// Why they stay.
+        #[source]
+        source: std::io::Error,
+    },
     /// The host kernel refused.
     #[error("{call} on {object} failed; see the kernel's log of the host")]
     Host {
@@ -543,7 +552,7 @@ pub trait Backend: Send + Sync {
     /// Adds mappings, all or none.
     ///
     /// # Errors
-    /// Nothing is changed then.
+    /// Nothing is changed then, but with [`Refused::Torn`]: then the domain has to be destroyed.
     fn map(&self, domain: DomainId, mappings: &[Mapping]) -> Result<(), Refused>;
 
     /// Removes every mapping that lies inside `first..=last` (inclusive, so that the whole

@@ -465,6 +465,9 @@ impl Engine {
                 let _ = self.state.unmap(&undo(request));
             }
         }
+        if let Some((_, request)) = self.maps.first() {
+            self.retry(request.domain);
+        }
         for n in 0..self.maps.len() {
             let (at, request) = self.maps[n];
             let status = match self.state.map(&request) {
@@ -516,6 +519,9 @@ impl Engine {
                 broken.push(n);
             }
         }
+        if let Refused::Torn { .. } = refused {
+            broken.push(done);
+        }
         self.break_homes(domain, &broken);
         Err(refused)
     }
@@ -537,11 +543,16 @@ impl Engine {
             }
         }
         self.break_homes(domain, &broken);
+        self.retry(domain);
+    }
+
+    /// Tries again what was refused to endpoints of `domain`.
+    fn retry(&mut self, domain: u32) {
         let endpoints = self.state.domain(domain).map_or(&[][..], |d| &d.endpoints);
         let refused = |id: &&u32| self.ports.get(id).is_some_and(|port| port.refused);
         let refused: Vec<u32> = endpoints.iter().filter(refused).copied().collect();
         for endpoint in refused {
-            // What stays Blocked is tried again by the next UNMAP or ATTACH.
+            // What stays Blocked is tried again by the next UNMAP, refused MAP or ATTACH.
             let _ = self.enforce(endpoint);
         }
     }

@@ -700,9 +700,9 @@ impl Backend for HostIommu {
         if result.is_err() {
             for mapping in done {
                 let last = mapping.iova.0 + (mapping.length - 1);
-                if let Err(error) = space.remove(&mut areas, mapping.iova.0, last) {
-                    // On record still, so that record and kernel agree: an unmap tries again.
-                    log::error!("a mapping at {} stays behind: {error}", mapping.iova);
+                if let Err(source) = space.remove(&mut areas, mapping.iova.0, last) {
+                    // On record still, so that record and kernel agree.
+                    result = Err(Refused::Torn { domain, source });
                 }
             }
         }

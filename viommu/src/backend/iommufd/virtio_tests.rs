@@ -18,7 +18,7 @@ use crate::spec::virtio_iommu::{
     map_flag, req_type, table_format,
 };
 use crate::virtio::testing::{attach, detach, map, probe, unmap};
-use crate::virtio::{Config, Iommu};
+use crate::virtio::{Chain, Config, Iommu};
 use crate::{Rid, Target};
 
 const RW: u32 = map_flag::READ | map_flag::WRITE;
@@ -366,6 +366,30 @@ fn what_the_kernel_does_not_unmap_is_out_of_reach_all_the_same() {
     assert_eq!(guest.pages(A), [(8, 8)]);
     let report = guest.unit.next_fault().expect("a report");
     assert_eq!(report.reason, fault_reason::UNKNOWN);
+}
+
+#[test]
+fn what_the_kernel_does_not_take_back_of_a_refused_map_is_out_of_reach_all_the_same() {
+    let guest = guest();
+    assert_eq!(guest.attach(A, 1), Status::Ok);
+    assert_eq!(guest.map(8, 8), Status::Ok);
+    guest.fake.world().fail_all = Some(("unmap", libc::EIO));
+    // The second is no memory, so the first is taken out again before it is tried alone.
+    let requests = [0, BAR].map(|phys| map(1, (phys, phys + PAGE - 1), phys, RW));
+    let chains = requests.iter().map(|readable| Chain {
+        readable,
+        writable: 4,
+    });
+    let mut replies = Vec::new();
+    guest.unit.serve(chains, &mut replies);
+    let statuses: Vec<_> = replies.iter().map(|reply| reply.status()).collect();
+    assert_eq!(
+        (&statuses[..], &guest.pages(A)[..]),
+        (
+            &[Some(Status::Ok as u8), Some(Status::Fault as u8)][..],
+            &[(0, 0), (8, 8)][..]
+        )
+    );
 }
 
 #[test]
