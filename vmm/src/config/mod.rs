@@ -307,6 +307,12 @@ pub const MEMORY_UNIT: Size = Size::mib(2);
 /// unit that only remaps interrupts.
 pub const MAX_UNITS: usize = (VTD_UNITS.len() >> 12) as usize - 1;
 
+/// The most disks, network cards, devices of the host and DMA test engines together: the device
+/// numbers of bus 0. What else is there takes some of them, which is told at the boot.
+pub const MAX_DEVICES: usize = 32;
+/// The most rules for paths: a descriptor is kept for each.
+pub const MAX_RULES: usize = 256;
+
 /// Which vIOMMU a device is behind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Behind<'c> {
@@ -383,6 +389,7 @@ impl VmConfig {
                 ),
             ));
         }
+        self.check_counts()?;
         self.check_consoles()?;
         self.check_devices()?;
         self.check_test_devices()?;
@@ -454,6 +461,24 @@ impl VmConfig {
         let tests = self.test_devices.iter().filter_map(|t| t.id.as_deref());
         let viommus = self.viommus.iter().map(|v| v.id.as_str());
         disks.chain(nets).chain(passed).chain(tests).chain(viommus)
+    }
+
+    /// Before anything that takes longer the more there are.
+    fn check_counts(&self) -> Result<(), ConfigError> {
+        let emulated = self.disks.len() + self.net.len() + self.test_devices.len();
+        let devices = emulated + self.devices.len();
+        if devices > MAX_DEVICES {
+            return Err(ConfigError(format!(
+                "there are {devices} disks, network cards and devices, and a PCI bus has {MAX_DEVICES} device numbers; give fewer"
+            )));
+        }
+        let rules = self.landlock_rules.len();
+        if rules > MAX_RULES {
+            return Err(ConfigError(format!(
+                "there are {rules} landlock_rules; give at most {MAX_RULES}, for folders that hold the rest"
+            )));
+        }
+        Ok(())
     }
 
     fn check_devices(&self) -> Result<(), ConfigError> {

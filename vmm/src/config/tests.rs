@@ -120,6 +120,8 @@ fn a_configuration_that_makes_no_sense_is_refused() {
         ),
         (vec![("disk", "path=a,id=a b")], "not an identifier"),
         (vec![("cmdline", "a\0b")], "NUL"),
+        (vec![("disk", "path=a"); 33], "32 device numbers"),
+        (vec![("landlock-rules", "path=/"); 257], "at most 256"),
         (
             vec![("disk", "path=a,viommu=x")],
             "viommu=x names no vIOMMU",
