@@ -183,7 +183,8 @@ impl Alarm {
 pub(super) struct EventLoop {
     manager: EventManager<Box<dyn MutEventSubscriber>>,
     wakes: Wakes,
-    of_the_vm: Vec<WatchId>,
+    /// And what each of them wakes with.
+    of_the_vm: Vec<(WatchId, Option<Wake>)>,
 }
 
 impl EventLoop {
@@ -225,7 +226,7 @@ impl EventLoop {
         }
         let id = WatchId(id);
         if wake.is_of_the_vm() {
-            self.of_the_vm.push(id);
+            self.of_the_vm.push((id, Some(wake)));
         }
         Ok(id)
     }
@@ -249,9 +250,13 @@ impl EventLoop {
         Ok(Alarm(timer))
     }
 
-    /// Watches `id` no longer.
+    /// Watches `id` no longer. What it said already is forgotten: it is about a device that is gone,
+    /// whose place the next one may have.
     pub(super) fn unwatch(&mut self, id: WatchId) {
-        self.of_the_vm.retain(|one| *one != id);
+        for (_, said) in self.of_the_vm.extract_if(.., |(one, _)| *one == id) {
+            let mut wakes = self.wakes.borrow_mut();
+            wakes.retain(|wake| Some(*wake) != said);
+        }
         if self.manager.remove_subscriber(id.0).is_err() {
             log::error!("something was watched no longer twice");
         }
@@ -265,12 +270,12 @@ impl EventLoop {
             waiting: Vec::new(),
             wakes: self.wakes.clone(),
         }));
-        self.of_the_vm.push(WatchId(id));
+        self.of_the_vm.push((WatchId(id), None));
     }
 
     /// Forgets all that belongs to a VM that is gone.
     pub(super) fn forget_vm(&mut self) {
-        for id in std::mem::take(&mut self.of_the_vm) {
+        for (id, _) in std::mem::take(&mut self.of_the_vm) {
             self.unwatch(id);
         }
         self.wakes.borrow_mut().retain(|wake| !wake.is_of_the_vm());
@@ -439,6 +444,26 @@ mod tests {
             write.write_all(&info).unwrap();
         }
         OwnedFd::from(read).into()
+    }
+
+    #[test]
+    fn nothing_is_heard_any_more_of_what_is_watched_no_longer() {
+        let (ours, _its) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut event_loop = EventLoop::new(Signals(OwnedFd::from(ours).into())).unwrap();
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let (requests, failed, other) = (event(), event(), event());
+        let failure = |device| Wake::Device(DeviceEvent::Failed(Rid::new(0, device, 0)));
+        event_loop.watch_event(&requests, Wake::Requests).unwrap();
+        let its = event_loop.watch_event(&failed, failure(5)).unwrap();
+        event_loop.watch_event(&other, failure(6)).unwrap();
+        for event in [&requests, &failed, &other] {
+            event.write(1).unwrap();
+        }
+        // All three are there at once. The device goes, and another one comes to its place.
+        assert_eq!(event_loop.wait().unwrap(), Wake::Requests);
+        event_loop.unwatch(its);
+        assert_eq!(event_loop.wait().unwrap(), failure(6));
     }
 
     #[test]
