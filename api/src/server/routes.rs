@@ -1,7 +1,7 @@
 //! What each path does. The comments are the document's descriptions.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use axum::Extension;
@@ -16,8 +16,8 @@ use utoipa_axum::routes;
 use viommu::Rid;
 use vmm::config::{DeviceConfig, DiskConfig, NetConfig, TestDeviceConfig, VmConfig};
 use vmm::control::{
-    ApiError, Code, Counters, Done, Given, NewDevice, PciDeviceInfo, Record, Removal, Reply,
-    Request, VmInfo,
+    ApiError, Code, Counters, Done, Given, Inspect, NewDevice, PciDeviceInfo, Record, Removal,
+    Reply, Request, VmInfo,
 };
 use vmm::doctor::{Report, Roots};
 use vmm::vm::ViommuStates;
@@ -268,9 +268,10 @@ async fn info(State(api): Shared) -> Answer<axum::Json<VmInfo>> {
     responses((status = 200, body = Counters), AboutVm, Always)
 )]
 async fn counters(State(api): Shared) -> Answer<axum::Json<Counters>> {
-    let inspect = running(&api)?;
-    let counters = api.inspector.ask(move || inspect.counters()).await?;
-    Ok(axum::Json(counters))
+    let vm = running(&api)?;
+    let question = move || vm.upgrade().map(|vm| vm.counters());
+    let counters = api.inspector.ask(question).await?;
+    Ok(axum::Json(counters.ok_or_else(not_booted)?))
 }
 
 /// What `vm.viommu` can be asked for.
@@ -300,16 +301,17 @@ async fn viommu(
         })?),
         None => None,
     };
-    let inspect = running(&api)?;
+    let vm = running(&api)?;
     let json = api.inspector.ask(move || {
-        let mut states = inspect.viommus();
+        let mut states = vm.upgrade()?.viommus();
         if let Some(endpoint) = endpoint {
             filter::by_endpoint(&mut states, endpoint);
         }
-        serde_json::to_string(&states)
+        Some(serde_json::to_string(&states))
     });
     let json = json
         .await?
+        .ok_or_else(not_booted)?
         .map_err(|why| ApiError::new(Code::Internal, why.to_string()))?;
     Ok(([(header::CONTENT_TYPE, "application/json")], json).into_response())
 }
@@ -505,11 +507,17 @@ fn not_created() -> ApiError {
     ApiError::new(Code::VmNotCreated, "there is no VM").remedy("create it first (vm.create)")
 }
 
-fn running(api: &Api) -> Result<Arc<dyn vmm::control::Inspect>, ApiError> {
+fn not_booted() -> ApiError {
+    ApiError::new(Code::WrongState, "the VM is not booted").remedy("boot it first (vm.boot)")
+}
+
+/// The VM, for a question that may have to wait: it does not keep a VM that is taken down meanwhile.
+fn running(api: &Api) -> Result<Weak<dyn Inspect>, ApiError> {
     let vm = api.shared.vm().ok_or_else(not_created)?;
-    vm.inspect.clone().ok_or_else(|| {
-        ApiError::new(Code::WrongState, "the VM is not booted").remedy("boot it first (vm.boot)")
-    })
+    vm.inspect
+        .as_ref()
+        .map(Arc::downgrade)
+        .ok_or_else(not_booted)
 }
 
 fn bad_query(why: axum::extract::rejection::QueryRejection) -> ApiError {

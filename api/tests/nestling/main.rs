@@ -14,6 +14,8 @@ mod document;
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
+mod life;
+#[cfg(test)]
 mod pages;
 #[cfg(test)]
 mod run;

@@ -31,7 +31,7 @@ pub enum Event {
         /// Whose wish it was: `guest` or `request`.
         by: String,
     },
-    /// The VM stopped.
+    /// The VM stopped, or could not be built (`failed` after `booting`).
     Shutdown {
         /// Why: `power-off`, `reset`, `triple-fault`, `debug-exit`, `failed`, `signal`, `request`.
         reason: String,

@@ -195,6 +195,15 @@ impl Shared {
         drop(old);
     }
 
+    /// Nobody can look into the VM from now on, but who does already.
+    pub fn close(&self) {
+        let closed = self.vm().map(|vm| VmSnapshot {
+            inspect: None,
+            ..(*vm).clone()
+        });
+        self.publish(closed);
+    }
+
     /// The VM, if there is one.
     pub fn vm(&self) -> Option<Arc<VmSnapshot>> {
         self.lock().clone()

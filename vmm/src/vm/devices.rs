@@ -585,6 +585,7 @@ impl Drop for Devices {
             // Dropping a function stops it.
             let _ = self.root.remove(rid);
         }
+        self.viommus.release();
     }
 }
 

@@ -399,6 +399,30 @@ fn devices_of_the_boot_can_go_and_those_of_the_platform_cannot() {
     assert_eq!(again, rid);
 }
 
+#[test]
+fn a_viommu_that_somebody_still_looks_at_has_no_endpoint_of_a_vm_that_is_gone() {
+    let image = image();
+    let Some(mut devices) = machine(|_| ()) else {
+        return;
+    };
+    for viommu in ["unit", "paravirtual"] {
+        let disk = disk(&image, viommu, Some(viommu));
+        add(&mut devices, New::Disk(&disk)).unwrap();
+    }
+    let front_ends = devices.viommus().front_ends();
+    let endpoints = || {
+        let states = crate::vm::viommus::states(&front_ends).viommus;
+        let count = states.iter().map(|state| match state {
+            crate::vm::ViommuState::Vtd { unit, .. } => unit.endpoints.len(),
+            crate::vm::ViommuState::Virtio { snapshot, .. } => snapshot.endpoints.len(),
+        });
+        count.collect::<Vec<_>>()
+    };
+    assert_eq!(endpoints(), [1, 1]);
+    drop(devices);
+    assert_eq!(endpoints(), [0, 0]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
     #[test]

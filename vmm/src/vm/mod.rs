@@ -304,9 +304,11 @@ impl Vm {
                 Code::RemovalPending,
                 format!("the guest has been asked already to let go of device {id}"),
             );
-            reply.send(Err(pending
-                .field("id")
-                .remedy("wait for device-removed, or use force")));
+            let remedy = match how.force {
+                true => "wait for device-removed: it is taken away when the time is over",
+                false => "wait for device-removed, or use force",
+            };
+            reply.send(Err(pending.field("id").remedy(remedy)));
         }
         self.set_alarm();
     }

@@ -219,6 +219,10 @@ impl Session {
             Ok(running) => running,
             Err(why) => {
                 self.event_loop.forget_vm();
+                self.control.shared.events.emit(Event::Shutdown {
+                    reason: "failed".into(),
+                    status: None,
+                });
                 return Err(why);
             }
         };
@@ -272,11 +276,7 @@ impl Session {
             .shared
             .events
             .emit(Event::Rebooted { by: by.into() });
-        let built = self.boot("vm.reboot");
-        if built.is_err() {
-            self.publish();
-        }
-        built
+        self.boot("vm.reboot")
     }
 
     /// A VM that cannot be built again is created, and does not run.
@@ -289,7 +289,6 @@ impl Session {
     fn shutdown(&mut self) -> Result<Done, ApiError> {
         self.needs_running()?;
         self.shut_down("request", None);
-        self.publish();
         Ok(Done::Nothing)
     }
 
@@ -498,9 +497,13 @@ impl Session {
         }
     }
 
+    /// When it returns, nothing of the VM is left, and everyone sees it so.
     fn tear_down(&mut self) {
         self.event_loop.forget_vm();
+        // Who can still look into it keeps its memory, which the next boot may need.
+        self.control.shared.close();
         self.running = None;
+        self.publish();
     }
 
     fn publish(&self) {

@@ -319,6 +319,15 @@ impl Viommus {
         self.engine.remove_endpoint(rid);
     }
 
+    /// Takes all endpoints away. Whoever still looks at a vIOMMU then keeps nothing of the host's.
+    pub(super) fn release(&mut self) {
+        for placed in &mut self.placed {
+            for rid in std::mem::take(&mut placed.endpoints) {
+                placed.front.remove(rid);
+            }
+        }
+    }
+
     /// Which vIOMMU that is.
     pub(super) fn home(&self, behind: Behind<'_>) -> Home {
         self.find(behind)

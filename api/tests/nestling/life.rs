@@ -1,0 +1,129 @@
+//! What a VM leaves behind when it ends or is built again, and what clients learn of it.
+
+use std::fs;
+use std::io::Write;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::support::{Served, guest, has_kvm, wait_until};
+
+/// Bytes of address space that a process has.
+fn address_space(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let size = status.lines().find_map(|l| l.strip_prefix("VmSize:"));
+    let kib = size.unwrap().trim().trim_end_matches(" kB");
+    kib.parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn a_reboot_needs_no_room_for_the_memory_of_two_vms() {
+    if !has_kvm() {
+        return;
+    }
+    let nestling = Served::start("room");
+    let mut config = nestling.config();
+    config["memory"]["size"] = json!(1u64 << 30);
+    assert_eq!(nestling.put("vm.create", &config).0, 204);
+    assert_eq!(nestling.put("vm.boot", &Value::Null).0, 204);
+    let pid = nestling.running.id();
+    let limit = address_space(pid) + (512 << 20);
+    let limited = Command::new("prlimit")
+        .args([format!("--pid={pid}"), format!("--as={limit}")])
+        .status();
+    assert!(limited.unwrap().success());
+    let (status, why) = nestling.put("vm.reboot", &Value::Null);
+    assert_eq!(status, 204, "{why}");
+    assert_eq!(nestling.get("vm.info").1["state"], "Running");
+}
+
+#[test]
+fn a_vm_that_cannot_be_built_again_is_told_to_have_stopped() {
+    if !has_kvm() {
+        return;
+    }
+    let mut nestling = Served::start_with_guest("unbuilt", guest::SPIN);
+    assert_eq!(nestling.put("vm.create", &nestling.config()).0, 204);
+    assert_eq!(nestling.put("vm.boot", &Value::Null).0, 204);
+    fs::remove_file(nestling.scratch.at("kernel")).unwrap();
+    assert_eq!(nestling.put("vm.reboot", &Value::Null).0, 422);
+    assert_eq!(nestling.get("vm.info").1["state"], "Created");
+    assert_eq!(nestling.put("vm.boot", &Value::Null).0, 422);
+    assert_eq!(nestling.put("vmm.shutdown", &Value::Null).0, 204);
+    assert_eq!(nestling.running.status(), 0);
+    let lines = fs::read_to_string(nestling.scratch.at("events")).unwrap();
+    let records = lines
+        .lines()
+        .map(|l| serde_json::from_str::<Value>(l).unwrap());
+    let told: Vec<Value> = records
+        .map(|r| json!([r["event"], r["properties"]["reason"]]))
+        .collect();
+    let told = json!(told);
+    let expected = json!([
+        ["created", null],
+        ["booting", null],
+        ["booted", null],
+        ["rebooted", null],
+        ["booting", null],
+        ["shutdown", "failed"],
+        ["booting", null],
+        ["shutdown", "failed"],
+    ]);
+    assert_eq!(told, expected);
+}
+
+#[test]
+fn more_devices_than_a_bus_has_room_for_are_refused_at_once() {
+    let nestling = Served::start("crowd");
+    let mut config = nestling.config();
+    let disk = json!({ "path": "a" });
+    // As many as fit a body.
+    config["disks"] = json!(vec![disk.clone(); 70_000]);
+    let begun = Instant::now();
+    let (status, why) = nestling.put("vm.create", &config);
+    assert_eq!(
+        (status, &why["code"]),
+        (400, &json!("invalid-config")),
+        "{why}"
+    );
+    // Not a measure: without a bound it is minutes, in which nobody else is served.
+    assert!(begun.elapsed() < Duration::from_secs(60));
+    // Nor one by one, each with a descriptor.
+    assert_eq!(nestling.put("vm.create", &nestling.config()).0, 204);
+    let answers: Vec<u16> = (0..40)
+        .map(|_| nestling.put("vm.add-disk", &disk).0)
+        .collect();
+    let added = answers.iter().take_while(|status| **status == 204).count();
+    assert!(added < 32, "{answers:?}");
+    assert!(
+        answers[added..].iter().all(|status| *status == 400),
+        "{answers:?}"
+    );
+}
+
+#[test]
+fn who_used_force_already_is_not_told_to_use_it() {
+    if !has_kvm() {
+        return;
+    }
+    // Its guest lets go of nothing.
+    let nestling = Served::start("force");
+    assert_eq!(nestling.put("vm.create", &nestling.config()).0, 204);
+    assert_eq!(nestling.put("vm.boot", &Value::Null).0, 204);
+    let body = json!({ "id": "d", "force": true, "timeout": 600 });
+    let text = body.to_string();
+    let mut waits = nestling.connect();
+    let head = "PUT /api/v1/vm.remove-device HTTP/1.1\r\nHost: x\r\nContent-Length";
+    let sent = waits.write_all(format!("{head}: {}\r\n\r\n{text}", text.len()).as_bytes());
+    sent.unwrap();
+    wait_until("nobody asks the guest", || {
+        nestling.get("vm.info").1["device_tree"]["d"]["removing"] == true
+    });
+    let (status, why) = nestling.put("vm.remove-device", &body);
+    assert_eq!((status, &why["code"]), (409, &json!("removal-pending")));
+    let remedy = why["remedy"].as_str().unwrap();
+    assert!(!remedy.contains("force"), "{remedy}");
+    let (_, why) = nestling.put("vm.remove-device", &json!({ "id": "d" }));
+    assert_eq!(why["code"], "removal-pending");
+}
