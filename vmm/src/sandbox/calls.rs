@@ -127,7 +127,8 @@ pub(super) fn of(role: Role) -> Calls {
             interrupts(&mut calls);
             host_iommu(&mut calls);
             device_memory(&mut calls);
-            calls.always(&[SYS_pread64, SYS_pwrite64, SYS_fcntl]);
+            calls.always(&[SYS_pread64, SYS_pwrite64]);
+            calls.only(SYS_fcntl, 1, DESCRIPTORS);
             calls.only(SYS_ioctl, 1, &[KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_GET_REGS]);
             // Its feature negotiation configures the tap.
             calls.only(SYS_ioctl, 1, &[TUNSETOFFLOAD, TUNSETVNETHDRSZ]);
@@ -179,9 +180,9 @@ pub(super) fn of(role: Role) -> Calls {
                 SYS_sendmsg,
                 SYS_recvmsg,
                 SYS_shutdown,
-                SYS_fcntl,
                 SYS_lseek,
             ]);
+            calls.only(SYS_fcntl, 1, DESCRIPTORS);
             calls.only(SYS_ioctl, 1, &[FIONBIO]);
         }
         Role::TestEngine => {
@@ -209,7 +210,6 @@ pub(super) fn of(role: Role) -> Calls {
             waits(&mut calls);
             calls.always(&[
                 SYS_accept4,
-                SYS_fcntl,
                 SYS_getpeername,
                 SYS_getsockname,
                 SYS_getsockopt,
@@ -229,6 +229,7 @@ pub(super) fn of(role: Role) -> Calls {
                 SYS_unlink,
                 SYS_unlinkat,
             ]);
+            calls.only(SYS_fcntl, 1, DESCRIPTORS);
             calls.only(SYS_ioctl, 1, &[FIONBIO]);
             confines_itself(&mut calls);
         }
@@ -331,7 +332,6 @@ fn files(calls: &mut Calls) {
         SYS_access,
         SYS_faccessat,
         SYS_faccessat2,
-        SYS_fcntl,
         SYS_fstat,
         SYS_fstatfs,
         SYS_getcwd,
@@ -353,6 +353,7 @@ fn files(calls: &mut Calls) {
         SYS_getgid,
         SYS_getegid,
     ]);
+    calls.only(SYS_fcntl, 1, DESCRIPTORS);
 }
 
 /// Landlock: opens what the rules name, without any right to it.
@@ -515,6 +516,19 @@ const TUNSETIFF: u32 = 0x4004_54ca;
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 const TUNGETIFF: u32 = 0x8004_54d2;
 const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+
+/// Copies of descriptors, their flags, and locks. Not who is signalled about one, and how: that
+/// would be a way to signal any process.
+const DESCRIPTORS: &[u32] = &[
+    libc::F_DUPFD as u32,
+    libc::F_DUPFD_CLOEXEC as u32,
+    libc::F_GETFD as u32,
+    libc::F_SETFD as u32,
+    libc::F_GETFL as u32,
+    libc::F_SETFL as u32,
+    libc::F_OFD_GETLK as u32,
+    libc::F_OFD_SETLK as u32,
+];
 
 const FIOCLEX: u32 = 0x5451;
 const FIONBIO: u32 = 0x5421;

@@ -59,6 +59,15 @@ const NEVER: &[Attempt] = &[
         let parent = unsafe { libc::getppid() } as usize;
         raw(libc::SYS_tgkill, [parent, parent, 0, 0])
     }),
+    ("have another signalled", || {
+        // SAFETY: the call takes nothing.
+        let parent = unsafe { libc::getppid() } as usize;
+        raw(libc::SYS_fcntl, [0, libc::F_SETOWN as usize, parent, 0])
+    }),
+    ("choose the signal", || {
+        let kill = libc::SIGKILL as usize;
+        raw(libc::SYS_fcntl, [0, 10, kill, 0]) // F_SETSIG
+    }),
     ("executable memory", || {
         let rwx = (libc::PROT_READ | libc::PROT_EXEC) as usize;
         raw(libc::SYS_mmap, [0, 4096, rwx, 0x22])
