@@ -300,9 +300,10 @@ impl Interrupts {
         self.commit(&mut state, &gsis)
     }
 
-    /// Makes the kernel's table and the readers of the eventfds true for `gsis`.
+    /// Makes the kernel's table and the readers of the eventfds true for `gsis`. What fails for one
+    /// of them leads nowhere, and keeps no other as it was.
     fn commit(&self, state: &mut State, gsis: &[u32]) -> io::Result<()> {
-        let mut changed = false;
+        let (mut changed, mut result) = (false, Ok(()));
         for &gsi in gsis {
             match state.lines.get(&gsi).and_then(Line::target) {
                 Some(msi) => changed |= state.routes.put(gsi, msi),
@@ -312,7 +313,7 @@ impl Interrupts {
                         true => Reader::Watch,
                         false => Reader::Nobody,
                     };
-                    self.read_by(state, gsi, reader)?;
+                    result = result.and(self.read_by(state, gsi, reader));
                     changed |= state.routes.remove(gsi);
                 }
             }
@@ -327,10 +328,10 @@ impl Interrupts {
         }
         for &gsi in gsis {
             if state.routes.has(gsi) {
-                self.read_by(state, gsi, Reader::Kernel)?;
+                result = result.and(self.read_by(state, gsi, Reader::Kernel));
             }
         }
-        Ok(())
+        result
     }
 
     /// Gives the signals of a line to `reader`.

@@ -325,6 +325,41 @@ fn an_entry_that_became_present_without_an_invalidation_delivers() {
 }
 
 #[test]
+fn a_line_that_cannot_be_watched_leaves_no_other_with_a_route_that_is_out_of_date() {
+    let bench = Bench::new();
+    let shared = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    // It can be watched once.
+    let twice = [0x30, 0x31].map(|number| {
+        let gsi = bench
+            .interrupts
+            .add(RID, Some(bench.remapper()), shared.clone())
+            .unwrap();
+        let vector = Vector {
+            interrupts: bench.interrupts.clone(),
+            gsi,
+            eventfd: shared.clone(),
+        };
+        vector.route(Some(msi(number))).unwrap();
+        vector
+    });
+    let (_other, other) = bench.vector(0x32);
+    bench.unit.set(BLOCKS);
+    bench.interrupts.reevaluate(&*bench.unit, None).unwrap_err();
+    for gsi in twice
+        .each_ref()
+        .map(|vector| vector.gsi)
+        .iter()
+        .chain([&other])
+    {
+        assert_eq!(bench.kernel.vector(*gsi), None, "GSI {gsi}");
+    }
+    // And what passes again is in the kernel's table.
+    bench.unit.set(1);
+    bench.reevaluate(None);
+    assert_eq!(bench.kernel.vector(other), Some(0x33));
+}
+
+#[test]
 fn a_refusal_of_the_kernel_leaves_no_route_that_is_out_of_date() {
     let bench = Bench::new();
     let (_vector, gsi) = bench.vector(0x30);
