@@ -8,8 +8,8 @@ use serde::Serialize;
 
 /// How many records are kept for those who fall behind.
 const KEPT: usize = 1024;
-/// How many faults are told in one [`PERIOD`]: a guest causes them at will.
-const FAULTS: u32 = 16;
+/// How many faults are told in one [`PERIOD`], and how many other events that a guest causes at will.
+const AT_WILL: u32 = 16;
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// Something that happened.
@@ -160,9 +160,31 @@ struct Ring {
     records: VecDeque<Arc<Record>>,
     /// The number of the last record.
     last: u64,
+    faults: Budget,
+    others: Budget,
+    suppressed: u64,
+}
+
+/// What was told of [`AT_WILL`].
+#[derive(Default)]
+struct Budget {
     period: Option<Instant>,
     told: u32,
-    suppressed: u64,
+}
+
+impl Budget {
+    /// Whether one more can be told.
+    fn take(&mut self, now: Instant) -> bool {
+        let fresh = self
+            .period
+            .is_none_or(|since| now.duration_since(since) >= PERIOD);
+        if fresh {
+            (self.period, self.told) = (Some(now), 0);
+        }
+        let left = self.told < AT_WILL;
+        self.told += u32::from(left);
+        left
+    }
 }
 
 /// What a follower gets.
@@ -254,20 +276,15 @@ impl Ring {
         if !event.is_at_will() {
             return Some(event);
         }
-        let fresh = self
-            .period
-            .is_none_or(|since| now.duration_since(since) >= PERIOD);
-        if fresh {
-            (self.period, self.told) = (Some(now), 0);
-        }
-        if self.told == FAULTS {
+        let Event::ViommuFault { suppressed, .. } = &mut event else {
+            // Of their own: faults do not hide them.
+            return self.others.take(now).then_some(event);
+        };
+        if !self.faults.take(now) {
             self.suppressed += 1;
             return None;
         }
-        self.told += 1;
-        if let Event::ViommuFault { suppressed, .. } = &mut event {
-            *suppressed = std::mem::take(&mut self.suppressed);
-        }
+        *suppressed = std::mem::take(&mut self.suppressed);
         Some(event)
     }
 }
@@ -323,6 +340,29 @@ mod tests {
         assert_eq!(batch.lost, 0);
         assert_eq!(batch.records[0].event, Event::Booted);
         assert!(events.lock().suppressed > 0);
+    }
+
+    #[test]
+    fn a_guest_that_faults_without_end_does_not_hide_what_the_host_refused_it() {
+        let events = Events::default();
+        let failed = Event::AttachFailed {
+            viommu: "viommu0".into(),
+            endpoint: "0000:00:01.0".into(),
+            pasid: None,
+            reason: "no room".into(),
+        };
+        for _ in 0..100 {
+            events.emit(fault());
+        }
+        events.emit(failed.clone());
+        let told = events.after(0).records;
+        assert_eq!(told.last().unwrap().event, failed);
+        // It is bounded all the same, and is no fault.
+        for _ in 0..100 * KEPT {
+            events.emit(failed.clone());
+        }
+        assert!(events.last() < KEPT as u64);
+        assert!(events.lock().suppressed <= 100);
     }
 
     #[test]
