@@ -319,3 +319,99 @@ fn what_waits_is_answered_when_its_endpoint_is_released_and_cannot_be_detached()
     assert_eq!(bench.fake.responses(), [(cookie, 1)]);
     assert_eq!(bench.host.objects().page_requests, 0);
 }
+
+#[derive(Clone, Debug)]
+enum Step {
+    Apply(Target, u8),
+    Ask(Target, u16),
+    Respond(Target, u16),
+    Release(Rid),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let rid = prop_oneof![Just(A), Just(B)];
+    let target = (rid.clone(), prop::option::of(1u32..3)).prop_map(|(endpoint, number)| Target {
+        endpoint,
+        pasid: number.map(Pasid),
+    });
+    let group = (target.clone(), 0u16..3);
+    prop_oneof![
+        4 => (target, 0u8..5).prop_map(|(target, what)| Step::Apply(target, what)),
+        6 => group.clone().prop_map(|(target, group)| Step::Ask(target, group)),
+        4 => group.prop_map(|(target, group)| Step::Respond(target, group)),
+        1 => rid.prop_map(Step::Release),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_group_is_answered_once_whatever_is_applied_and_whatever_fails(
+        steps in prop::collection::vec((step(), prop::option::weighted(0.2, 0usize..4)), 1..60),
+    ) {
+        let bench = Bench::new();
+        // What the front end knows of and has not answered, with the kernel's number.
+        let mut owed = BTreeMap::<(Target, u16), u32>::new();
+        for (step, fail) in &steps {
+            {
+                let mut world = bench.fake.world();
+                world.fail_at = fail.map(|after| (world.count + after, libc::ENOMEM));
+            }
+            match *step {
+                Step::Apply(target, what) => {
+                    let translation = match what {
+                        0 => Translation::Blocked,
+                        1 => Translation::Identity,
+                        root => stage1(u64::from(root) << 12),
+                    };
+                    let _refused = bench.host.apply(target, translation);
+                }
+                Step::Ask(target, group) => {
+                    let device = u32::from(target.endpoint.0);
+                    let asks = {
+                        let world = bench.fake.world();
+                        let table = world.devices[&device].hardware.get(&target.pasid);
+                        let table = table.and_then(|hwpt| world.objects.get(hwpt));
+                        matches!(table, Some(Object::Nested { queue: Some(_), .. }))
+                    };
+                    if asks {
+                        let cookie = bench.fake.page_request(device, target.pasid, group.into(), 0);
+                        bench.host.drain_page_requests();
+                        let told = bench.sink.count();
+                        let answered = bench.fake.responses();
+                        if told == 1 {
+                            bench.sink.take(1);
+                            prop_assert_eq!(owed.insert((target, group), cookie), None);
+                            prop_assert_eq!(answered, []);
+                        } else {
+                            prop_assert_eq!(answered, [(cookie, 1)]);
+                        }
+                    }
+                }
+                Step::Respond(target, group) => {
+                    let code = ResponseCode::Success;
+                    bench.host.respond(PageResponse { target, group, code });
+                    let wanted = owed.remove(&(target, group)).map(|cookie| (cookie, 0));
+                    prop_assert_eq!(bench.fake.responses(), Vec::from_iter(wanted));
+                }
+                Step::Release(rid) => {
+                    bench.host.release(rid);
+                    bench.fake.world().fail_at = None;
+                    bench.host.claim(rid, bench.sink.clone()).unwrap();
+                    for (cookie, code) in bench.fake.responses() {
+                        let of = owed.iter().find(|(_, has)| **has == cookie);
+                        prop_assert_eq!(of.map(|((target, _), _)| target.endpoint), Some(rid));
+                        prop_assert_eq!(code, 1);
+                    }
+                }
+            }
+            // What the kernel has answered is off both books.
+            let world = bench.fake.world();
+            owed.retain(|_, cookie| world.groups.contains_key(cookie));
+            prop_assert_eq!(owed.len(), world.groups.len());
+            drop(world);
+            prop_assert_eq!(owed.len(), bench.host.objects().page_requests);
+        }
+    }
+}
