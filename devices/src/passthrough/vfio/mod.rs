@@ -109,10 +109,23 @@ impl VfioDevice {
             return Self::bind(file, sysfs.into(), iommufd);
         };
         let device = Self::describe(file, sysfs.into())?;
-        if let Err(why) = device.reset() {
-            log::debug!("{} is not reset: {why}", sysfs.display());
-        }
+        device.quiet().map_err(|source| OpenError::Call {
+            path: sysfs.into(),
+            call: "pwrite of the command register",
+            source,
+        })?;
         Ok((device, number))
+    }
+
+    /// Ends what DMA a device still does for who had it before, as if it had just been opened.
+    fn quiet(&self) -> io::Result<()> {
+        // First, since the kernel puts the register back after a reset; and not every device can
+        // be reset.
+        self.change_command(|command| command & !BUS_MASTER)?;
+        if let Err(why) = self.reset() {
+            log::debug!("{} is not reset: {why}", self.path.display());
+        }
+        Ok(())
     }
 
     /// Binds a character device that was passed in; `path` is for messages.
@@ -411,8 +424,8 @@ mod tests {
         assert_eq!(size_of::<sys::vfio_device_detach_iommufd_pt>(), 12);
     }
 
-    #[test]
-    fn a_stopped_device_gets_no_bus_mastering_from_its_guest_until_it_may_go_on() {
+    /// A device that is a file, with a configuration space and nothing else; it cannot be reset.
+    fn device() -> VfioDevice {
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
         file.as_file().set_len(256).unwrap();
         let mut regions = vec![(0, Region::default()); CONFIG as usize];
@@ -423,18 +436,33 @@ mod tests {
                 mappable: Vec::new(),
             },
         ));
-        let device = VfioDevice {
+        VfioDevice {
             file: file.as_file().try_clone().unwrap(),
             path: "test".into(),
             regions,
             can_reset: false,
             stopped: Mutex::default(),
-        };
-        let command = || {
-            let mut bytes = [0; 2];
-            device.read(CONFIG, COMMAND, &mut bytes).unwrap();
-            u16::from_le_bytes(bytes)
-        };
+        }
+    }
+
+    fn command(device: &VfioDevice) -> u16 {
+        let mut bytes = [0; 2];
+        device.read(CONFIG, COMMAND, &mut bytes).unwrap();
+        u16::from_le_bytes(bytes)
+    }
+
+    #[test]
+    fn a_device_that_was_in_use_does_no_dma_although_it_cannot_be_reset() {
+        let device = device();
+        device.write(CONFIG, 4, &[0x06, 0x04]).unwrap();
+        device.quiet().unwrap();
+        assert_eq!(command(&device), 0x0402);
+    }
+
+    #[test]
+    fn a_stopped_device_gets_no_bus_mastering_from_its_guest_until_it_may_go_on() {
+        let device = device();
+        let command = || command(&device);
         device.write(CONFIG, 4, &[0x06, 0x04]).unwrap();
         assert_eq!(command(), 0x0406);
         device.stop();
