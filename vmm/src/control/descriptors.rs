@@ -32,6 +32,8 @@ pub struct Descriptors(Arc<Mutex<Kept>>);
 struct Kept {
     devices: BTreeMap<String, Device>,
     iommufd: Option<OwnedFd>,
+    /// The devices that the iommufd is kept for, also those that are opened by their paths.
+    of_iommufd: BTreeSet<String>,
 }
 
 #[derive(Debug)]
@@ -39,8 +41,6 @@ struct Device {
     descriptor: OwnedFd,
     /// Its number in the iommufd, once it is bound: that is done once for a descriptor.
     bound: Option<u32>,
-    /// The iommufd is kept for it.
-    of_iommufd: bool,
 }
 
 impl Descriptors {
@@ -55,9 +55,11 @@ impl Descriptors {
             let device = Device {
                 descriptor,
                 bound: None,
-                of_iommufd: given.iommufd.is_some(),
             };
             kept.devices.insert(id.to_owned(), device);
+        }
+        if given.iommufd.is_some() {
+            kept.of_iommufd.insert(id.to_owned());
         }
         if kept.iommufd.is_none() {
             kept.iommufd = given.iommufd;
@@ -68,7 +70,8 @@ impl Descriptors {
     pub fn retain(&self, ids: &BTreeSet<&str>) {
         let mut kept = self.kept();
         kept.devices.retain(|id, _| ids.contains(id.as_str()));
-        if !kept.devices.values().any(|device| device.of_iommufd) {
+        kept.of_iommufd.retain(|id| ids.contains(id.as_str()));
+        if kept.of_iommufd.is_empty() {
             kept.iommufd = None;
         }
     }
@@ -97,7 +100,7 @@ impl Descriptors {
         let mut kept = self.kept();
         if let Some(device) = kept.devices.get_mut(id) {
             device.bound = Some(number);
-            device.of_iommufd = true;
+            kept.of_iommufd.insert(id.to_owned());
         }
         // Whatever was given, this is what it needs from now on.
         kept.iommufd = Some(copy);
@@ -150,6 +153,16 @@ mod tests {
         all.retain(&BTreeSet::from(["disk"]));
         assert!(all.iommufd().unwrap().is_none() && all.of("disk").is_ok());
         all.retain(&BTreeSet::new());
+        // An iommufd by itself: its device is opened by its path.
+        let iommufd = Given {
+            device: None,
+            ..given()
+        };
+        all.keep("path", iommufd);
+        all.retain(&BTreeSet::from(["path"]));
+        assert!(all.iommufd().unwrap().is_some());
+        all.retain(&BTreeSet::new());
+        assert!(all.iommufd().unwrap().is_none());
         // A name that is used again inherits nothing.
         all.keep("a", given());
         assert_eq!(all.bound("a"), None);
