@@ -6,14 +6,14 @@
 
 use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use tokio::net::{UnixListener, UnixSocket};
 
-use crate::inherited::inherited;
+use crate::inherited::{inherited, listens};
 
 /// How many clients may wait to be let in.
 const BACKLOG: u32 = 128;
@@ -67,7 +67,14 @@ impl Listener {
     /// # Errors
     /// It is no listening Unix socket.
     pub(crate) fn inherit(fd: RawFd) -> Result<Self, String> {
-        let fd = inherited(fd).map_err(|why| format!("--api-socket {why}"))?;
+        let number = fd;
+        let fd = inherited(number).map_err(|why| format!("--api-socket {why}"))?;
+        // Something that is no socket is told below.
+        if listens(fd.as_fd()).is_ok_and(|listens| !listens) {
+            return Err(format!(
+                "--api-socket fd={number} does not listen; pass a Unix socket on which listen was called"
+            ));
+        }
         let listener = std::os::unix::net::UnixListener::from(fd);
         let works = listener
             .set_nonblocking(true)

@@ -1,13 +1,15 @@
 //! What a VM leaves behind when it ends or is built again, and what clients learn of it.
 
 use std::fs;
-use std::io::Write;
-use std::process::Command;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::support::{Served, guest, has_kvm, wait_until};
+use super::support::{NESTLING, Scratch, Served, guest, has_kvm, wait_until};
 
 /// Bytes of address space that a process has.
 fn address_space(pid: u32) -> u64 {
@@ -126,4 +128,44 @@ fn who_used_force_already_is_not_told_to_use_it() {
     assert!(!remedy.contains("force"), "{remedy}");
     let (_, why) = nestling.put("vm.remove-device", &json!({ "id": "d" }));
     assert_eq!(why["code"], "removal-pending");
+}
+
+#[test]
+fn a_socket_that_nestling_was_started_with_is_served_if_it_listens() {
+    let scratch = Scratch::new("inherited");
+    let start = |socket: OwnedFd| {
+        let mut command = Command::new("sh");
+        let run = format!("exec {NESTLING} run --api-socket fd=7 7<&0 0</dev/null");
+        command.args(["-c", &run]).stderr(Stdio::piped());
+        Inherits(command.stdin(Stdio::from(socket)).spawn().unwrap())
+    };
+    let path = scratch.at("s");
+    let _serves = start(UnixListener::bind(&path).unwrap().into());
+    let mut client = UnixStream::connect(&path).unwrap();
+    let request = b"GET /api/v1/vmm.ping HTTP/1.0\r\n\r\n";
+    client.write_all(request).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("200 OK"), "{answer}");
+    // One that does not would be asked for clients in vain, again and again.
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let mut refused = start(ours.into());
+    wait_until("it waits for clients in vain", || {
+        refused.0.try_wait().unwrap().is_some()
+    });
+    let mut said = String::new();
+    let stderr = refused.0.stderr.as_mut().unwrap();
+    stderr.read_to_string(&mut said).unwrap();
+    assert!(said.contains("does not listen"), "{said}");
+    assert_eq!(refused.0.wait().unwrap().code(), Some(2));
+}
+
+/// Ends with its test.
+struct Inherits(Child);
+
+impl Drop for Inherits {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
