@@ -11,7 +11,7 @@ use std::sync::Arc;
 use viommu::backend::iommufd::hwinfo::HwInfo;
 use viommu::backend::iommufd::kernel::Linux;
 use viommu::backend::iommufd::{Device, HostIommu, Unfit};
-use viommu::backend::{Backend, Capabilities, EventSink, Fault, PageRequest, Refused, Translation};
+use viommu::backend::{Capabilities, EventSink, Fault, PageRequest, Refused};
 use viommu::reserved::{Kind, Regions};
 use viommu::spec::vtd::registers::Cap;
 use viommu::{GuestRam, Rid, Target};
@@ -272,6 +272,7 @@ impl PassthroughHost {
             id,
             attach: device.clone(),
             page_requests: has_page_requests(&raw),
+            group: device.group(),
         };
         backend.add_device(rid, bound)?;
         Ok(Admitted {
@@ -363,8 +364,7 @@ impl Admitted {
         let decision = features::decide(wishes, &facts)?;
         match (before, self.backend()) {
             (Before::Nothing, Some(backend)) => {
-                backend.claim(self.rid, Arc::new(NoFrontEnd))?;
-                backend.apply(Target::rid(self.rid), Translation::Identity)?;
+                backend.let_through(self.rid, Arc::new(NoFrontEnd))?;
             }
             (Before::Viommu { .. }, None) => return Err(HostError::NoViommu),
             (Before::Nothing, None) | (Before::Viommu { .. }, Some(_)) => {}

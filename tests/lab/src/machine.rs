@@ -117,7 +117,7 @@ impl Hosts {
             // A kernel that oopses ends, and QEMU with it: the host is lost, and its log says why.
             .arg(format!(
                 "console=ttyS0 panic=-1 oops=panic loglevel=7 printk.time=1 no_timer_check \
-                 tsc=reliable tsc_early_khz={} {}",
+                 transparent_hugepage=never tsc=reliable tsc_early_khz={} {}",
                 tsc_khz(),
                 what.cmdline
             ))

@@ -191,6 +191,16 @@ pub enum Refused {
     /// The endpoint already has a front end.
     #[error("endpoint {0} is already behind another vIOMMU; remove it there first")]
     Claimed(Rid),
+    /// The host's IOMMU cannot keep two of its devices apart.
+    #[error(
+        "devices {endpoint} and {other} are in one IOMMU group of the host, which translates for both alike; put neither behind a vIOMMU, or give the VM one of them"
+    )]
+    SharesGroup {
+        /// What was to be claimed.
+        endpoint: Rid,
+        /// A device of its group, also here.
+        other: Rid,
+    },
     /// The domain does not exist.
     #[error("domain {} does not exist here", .0.0)]
     NoDomain(DomainId),
@@ -501,7 +511,8 @@ pub trait Backend: Send + Sync {
     /// Binds `endpoint` to a front end. It is Blocked until [`apply`](Self::apply).
     ///
     /// # Errors
-    /// [`Refused::NoEndpoint`] for an endpoint this back end does not have, [`Refused::Claimed`]
+    /// [`Refused::NoEndpoint`] for an endpoint this back end does not have, [`Refused::SharesGroup`]
+    /// for one that the host cannot keep apart from another that is here, [`Refused::Claimed`]
     /// when it has a front end already.
     fn claim(&self, endpoint: Rid, sink: Arc<dyn EventSink>) -> Result<(), Refused>;
 

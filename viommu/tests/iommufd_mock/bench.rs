@@ -128,6 +128,7 @@ impl Bench {
                 id,
                 attach: device.clone(),
                 page_requests: true,
+                group: None,
             };
             host.add_device(rid, description).unwrap();
             devices.insert(rid, (device, id));

@@ -59,6 +59,16 @@ pub enum Unfit {
     /// The device is there already.
     #[error("endpoint {0} has a device already; remove it first")]
     Known(Rid),
+    /// A vIOMMU stands before a device that the host's IOMMU cannot keep apart from this one.
+    #[error(
+        "device {endpoint} is in the IOMMU group of {other}, which is behind a vIOMMU, and the host translates for a group alike; give the VM one of them, or put neither behind a vIOMMU"
+    )]
+    SharesGroup {
+        /// The new device.
+        endpoint: Rid,
+        /// The one that is behind it.
+        other: Rid,
+    },
     /// The VM promised its guest more than this device has.
     #[error(
         "device {endpoint} has {what} = {has}, but the running guest was offered {offered}; restart the VM with this device present, or with {what}={has}"
@@ -106,6 +116,12 @@ impl HostIommu {
         let _admission = lock(&self.admission);
         if self.endpoint(rid).is_ok() {
             return Err(Unfit::Known(rid));
+        }
+        if let Some(other) = self.shares_group(rid, device.group, Endpoint::is_behind_viommu) {
+            return Err(Unfit::SharesGroup {
+                endpoint: rid,
+                other,
+            });
         }
         let info = self
             .kernel

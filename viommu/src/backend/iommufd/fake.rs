@@ -61,6 +61,7 @@ pub(super) struct FakeDevice {
     pub pasid_bits: u8,
     pub reserved: Vec<(u64, u64)>,
     pub pri: bool,
+    pub group: Option<u32>,
     /// How many attaches still find it in reset.
     pub in_reset: usize,
     /// What iommufd has on record.

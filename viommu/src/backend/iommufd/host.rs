@@ -17,6 +17,7 @@ use super::kernel::Kernel;
 use super::memory::Memory;
 use super::nested::{self, Tables};
 use super::object::Hwpt;
+use super::owner::Owner;
 use super::parent::Parent;
 use super::shadow::{self, Shadow};
 use super::space::{AddressSpace, Area, Areas};
@@ -48,6 +49,10 @@ pub struct Device {
     /// It has ATS and PRI capabilities and is no virtual function (those cannot have a fault
     /// queue).
     pub page_requests: bool,
+    /// Its IOMMU group on the host, if known. The kernel attaches a group to one table, and takes
+    /// it away with the last of its devices: those of a group are never Blocked, nor behind tables
+    /// of their own, each by itself.
+    pub group: Option<u32>,
 }
 
 /// What is in force for one target.
@@ -86,12 +91,12 @@ pub(super) struct Endpoint {
 
 #[derive(Default)]
 pub(super) struct State {
-    claimed: bool,
+    pub(super) owner: Option<Owner>,
     targets: BTreeMap<Option<Pasid>, Attachment>,
 }
 
 impl Endpoint {
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -224,7 +229,7 @@ impl HostIommu {
         self.memory.remove(gpa)
     }
 
-    fn endpoints(&self) -> RwLockReadGuard<'_, Endpoints> {
+    pub(super) fn endpoints(&self) -> RwLockReadGuard<'_, Endpoints> {
         self.endpoints
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -252,7 +257,7 @@ impl HostIommu {
             .ok_or(Refused::NoDomain(id))
     }
 
-    fn faults(&self) -> Option<Arc<Faults>> {
+    pub(super) fn faults(&self) -> Option<Arc<Faults>> {
         lock(&self.faults).clone()
     }
 
@@ -455,7 +460,7 @@ impl HostIommu {
     }
 
     /// Every target of `endpoint` Blocked; returns the first error.
-    fn block_all(&self, endpoint: &Endpoint, state: &mut State) -> Result<(), Refused> {
+    pub(super) fn block_all(&self, endpoint: &Endpoint, state: &mut State) -> Result<(), Refused> {
         let pasids = state.targets.keys().copied().collect::<Vec<_>>();
         // PASIDs before requests without one: those may have brought the PASIDs up.
         pasids
@@ -500,18 +505,7 @@ impl Backend for HostIommu {
     }
 
     fn claim(&self, endpoint: Rid, sink: Arc<dyn EventSink>) -> Result<(), Refused> {
-        let found = self.endpoint(endpoint)?;
-        let mut state = found.state();
-        if state.claimed {
-            return Err(Refused::Claimed(endpoint));
-        }
-        // What a release could not detach must go before anybody relies on Blocked.
-        self.block_all(&found, &mut state)?;
-        state.claimed = true;
-        if let Some(faults) = self.faults() {
-            faults.connect(found.device.id, endpoint, sink);
-        }
-        Ok(())
+        self.claim_alone(endpoint, sink)
     }
 
     fn release(&self, endpoint: Rid) {
@@ -522,7 +516,7 @@ impl Backend for HostIommu {
         if let Some(faults) = self.faults() {
             faults.disconnect(found.device.id);
         }
-        state.claimed = false;
+        state.owner = None;
         if let Err(error) = self.block_all(&found, &mut state) {
             log::error!("{endpoint} is released with its DMA stopped: {error}");
             if let Some(faults) = self.faults() {
@@ -534,7 +528,7 @@ impl Backend for HostIommu {
     fn apply(&self, target: Target, translation: Translation) -> Result<(), Refused> {
         let endpoint = self.endpoint(target.endpoint)?;
         let mut state = endpoint.state();
-        if !state.claimed {
+        if state.owner.is_none() {
             return Err(Refused::NoEndpoint(target.endpoint));
         }
         if let Some(now) = state.targets.get(&target.pasid)
@@ -728,7 +722,7 @@ impl Backend for HostIommu {
         let mut objects = Objects::default();
         for endpoint in self.endpoints().values() {
             let state = endpoint.state();
-            objects.endpoints += usize::from(state.claimed);
+            objects.endpoints += usize::from(state.owner.is_some());
             objects.targets += state.targets.len();
         }
         objects.translations = self.tables.live()

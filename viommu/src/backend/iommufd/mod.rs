@@ -53,6 +53,7 @@ pub mod kernel;
 mod memory;
 mod nested;
 pub mod object;
+mod owner;
 mod parent;
 mod prefault;
 mod shadow;

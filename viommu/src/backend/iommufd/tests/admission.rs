@@ -293,3 +293,49 @@ fn a_device_that_cannot_be_detached_after_its_admission_is_stopped() {
     let device = bench.device(A);
     assert!(device.hardware.is_empty() || device.stopped);
 }
+
+#[test]
+fn devices_of_one_group_of_the_host_are_not_behind_a_viommu() {
+    let bench = Bench::empty();
+    let in_group = |number| move |device: &mut FakeDevice| device.group = Some(number);
+    bench.add(A, in_group(7)).unwrap();
+    // Two that no vIOMMU stands before are no matter: both reach all of guest memory.
+    bench.host.let_through(A, bench.sink.clone()).unwrap();
+    bench.add(B, in_group(7)).unwrap();
+    bench.host.let_through(B, bench.sink.clone()).unwrap();
+    for rid in [A, B] {
+        assert_eq!(
+            bench.host.translation(Target::rid(rid)),
+            Translation::Identity
+        );
+        bench.host.release(rid);
+    }
+    for (endpoint, other) in [(A, B), (B, A)] {
+        let refused = bench.host.claim(endpoint, bench.sink.clone()).unwrap_err();
+        let Refused::SharesGroup {
+            endpoint: it,
+            other: mate,
+        } = refused
+        else {
+            panic!("{refused}");
+        };
+        assert_eq!((it, mate), (endpoint, other));
+        assert!(!bench.device(endpoint).stopped);
+    }
+    // Alone, or beside one of another group, it may be.
+    bench.host.remove_device(B);
+    bench.host.claim(A, bench.sink.clone()).unwrap();
+    bench.add(B, in_group(8)).unwrap();
+    bench.host.claim(B, bench.sink.clone()).unwrap();
+    bench.host.remove_device(B);
+    // And then none of its group comes to it, until it is in front of nothing again.
+    let attached = bench.device(A).hardware;
+    let Err(Unfit::SharesGroup { endpoint, other }) = bench.add(B, in_group(7)) else {
+        panic!("it was taken");
+    };
+    assert_eq!((endpoint, other), (B, A));
+    assert_eq!(bench.device(A).hardware, attached);
+    assert!(bench.device(B).hardware.is_empty());
+    bench.host.release(A);
+    bench.add(B, in_group(7)).unwrap();
+}

@@ -155,6 +155,7 @@ impl Bench {
             pasid_bits: 20,
             reserved: vec![DOORBELLS],
             pri: true,
+            group: None,
             in_reset: 0,
             record: BTreeMap::new(),
             hardware: BTreeMap::new(),
@@ -162,7 +163,7 @@ impl Bench {
             leaked: 0,
         };
         change(&mut device);
-        let page_requests = device.pri;
+        let (page_requests, group) = (device.pri, device.group);
         let id = u32::from(rid.0);
         self.fake.world().devices.insert(id, device);
         let device = Device {
@@ -172,6 +173,7 @@ impl Bench {
                 id,
             }),
             page_requests,
+            group,
         };
         self.host.add_device(rid, device)
     }
