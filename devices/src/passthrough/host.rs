@@ -21,7 +21,7 @@ use super::features::{self, Facts, NotOffered, Wishes};
 use super::function::{Connections, VfioPci};
 use super::hardware::{CONFIG, Hardware};
 use super::legacy::{CONTAINER, Group, LegacyContainer, LegacyError};
-use super::vfio::{OpenError, VfioDevice};
+use super::vfio::{OpenError, VfioDevice, group};
 
 /// Why a device is not in the VM.
 #[derive(Debug, thiserror::Error)]
@@ -211,7 +211,7 @@ impl PassthroughHost {
         match &self.0 {
             Way::Iommufd { kernel, .. } => {
                 let (device, id) = VfioDevice::open(sysfs, kernel.as_fd())?;
-                self.admit_device(rid, device, id)
+                self.admit_device(rid, sysfs, device, id)
             }
             Way::Groups { container, missing } => {
                 let (device, group) = container.open(sysfs)?;
@@ -244,7 +244,7 @@ impl PassthroughHost {
     ) -> Result<(Admitted, u32), HostError> {
         let iommufd = self.iommufd().ok_or_else(no_iommufd)?;
         let (device, id) = VfioDevice::given(sysfs, file, iommufd, bound)?;
-        Ok((self.admit_device(rid, device, id)?, id))
+        Ok((self.admit_device(rid, sysfs, device, id)?, id))
     }
 
     /// The iommufd, if the host has one.
@@ -255,13 +255,14 @@ impl PassthroughHost {
         }
     }
 
-    /// As [`admit`](Self::admit), for a device that is open and bound to this iommufd as `id`.
+    /// As [`admit`](Self::admit), for the device at `sysfs` that is open and bound to this iommufd as `id`.
     ///
     /// # Errors
     /// As [`admit`](Self::admit), or this is no iommufd.
     pub fn admit_device(
         &self,
         rid: Rid,
+        sysfs: &Path,
         device: VfioDevice,
         id: u32,
     ) -> Result<Admitted, HostError> {
@@ -272,7 +273,8 @@ impl PassthroughHost {
             id,
             attach: device.clone(),
             page_requests: has_page_requests(&raw),
-            group: device.group(),
+            // Unknown, it could be that of another device here.
+            group: Some(group(sysfs).map_err(|source| HostError::Device { rid, source })?),
         };
         backend.add_device(rid, bound)?;
         Ok(Admitted {

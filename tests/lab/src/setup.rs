@@ -15,7 +15,7 @@ use crate::report::{note, step};
 
 /// The oldest QEMU whose SVM emulation runs guests without corrupting them.
 const QEMU_MIN: (u32, u32, u32) = (10, 0, 2);
-/// Where it comes from when the system has none, or one with a fault that is mended in ours.
+/// Where it comes from. A system's own may be another build, whose faults nobody could find.
 const QEMU_SUITE: &str = "bookworm-backports";
 /// Its place in a tree of Debian's packages.
 const QEMU_PROGRAM: &str = "usr/bin/qemu-system-x86_64";
@@ -203,13 +203,7 @@ fn qemu(cache: &Cache, apt: &mut LazyApt) -> Result<Qemu> {
         program: "/usr/bin/qemu-system-x86_64".into(),
         tree: None,
     };
-    if system.program.exists()
-        && system.version().is_ok_and(|v| v >= QEMU_MIN)
-        && !mend::is_needed(&fs::read(&system.program)?)
-    {
-        return Ok(system);
-    }
-    let tree = cache.component("qemu-mended", |to| {
+    let mended = cache.component("qemu-mended", |to| {
         step(&format!("fetch QEMU from {QEMU_SUITE}"), || {
             apt.get()?
                 .unpack_with_dependencies("qemu-system-x86", QEMU_SUITE, to)?;
@@ -225,7 +219,17 @@ fn qemu(cache: &Cache, apt: &mut LazyApt) -> Result<Qemu> {
             }
             Ok(fs::write(&program, bytes)?)
         })
-    })?;
+    });
+    let tree = match mended {
+        Ok(tree) => tree,
+        Err(why) if system.version().is_ok_and(|v| v >= QEMU_MIN) => {
+            note(&format!(
+                "{why:#}; the system's QEMU is used as it is, and a host may be lost now and then"
+            ));
+            return Ok(system);
+        }
+        Err(why) => return Err(why),
+    };
     let qemu = Qemu {
         program: tree.join(QEMU_PROGRAM),
         tree: Some(tree),

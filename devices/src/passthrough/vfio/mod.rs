@@ -18,7 +18,7 @@ use vfio_bindings::bindings::vfio as sys;
 use viommu::Pasid;
 use viommu::backend::iommufd::AttachDevice;
 
-pub use self::open::OpenError;
+pub use self::open::{OpenError, group};
 use self::open::{bind_reason, host_drivers, node_of};
 use self::region::region;
 use super::hardware::{CONFIG, Hardware, Irq, Mapping, Region};
@@ -180,12 +180,6 @@ impl VfioDevice {
             path,
             stopped: Mutex::default(),
         })
-    }
-
-    /// The number of its IOMMU group on the host; `None` where sysfs tells of none.
-    pub fn group(&self) -> Option<u32> {
-        let group = std::fs::read_link(self.path.join("iommu_group")).ok()?;
-        group.file_name()?.to_str()?.parse().ok()
     }
 
     fn at(&self, region: u32, offset: u64, length: usize) -> io::Result<u64> {
@@ -449,17 +443,6 @@ mod tests {
             can_reset: false,
             stopped: Mutex::default(),
         }
-    }
-
-    #[test]
-    fn a_devices_group_is_the_one_that_sysfs_links_to() {
-        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
-        let mut device = device();
-        device.path = dir.as_path().into();
-        assert_eq!(device.group(), None);
-        let link = dir.as_path().join("iommu_group");
-        std::os::unix::fs::symlink("../../../kernel/iommu_groups/17", link).unwrap();
-        assert_eq!(device.group(), Some(17));
     }
 
     fn command(device: &VfioDevice) -> u16 {

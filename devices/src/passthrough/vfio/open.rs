@@ -77,6 +77,18 @@ pub(super) fn node_of(sysfs: &Path) -> Result<OsString, OpenError> {
         .ok_or_else(|| OpenError::NotBound(sysfs.into()))
 }
 
+/// The number of the IOMMU group of the function at `sysfs`.
+///
+/// # Errors
+/// sysfs tells of none.
+pub fn group(sysfs: &Path) -> io::Result<u32> {
+    let group = read_link(sysfs.join("iommu_group"))?;
+    let number = group
+        .file_name()
+        .and_then(|name| name.to_str()?.parse().ok());
+    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// The other functions of the group of the one at `sysfs` that a driver of the host has, each with
 /// its driver.
 pub(super) fn host_drivers(sysfs: &Path) -> Vec<String> {
@@ -116,6 +128,15 @@ mod tests {
         );
         assert!(reason(libc::ENODEV).contains("VT-d"));
         assert!(reason(libc::EIO).contains("os error 5"));
+    }
+
+    #[test]
+    fn a_devices_group_is_the_one_that_sysfs_links_to() {
+        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        assert!(group(dir.as_path()).is_err(), "nobody knows what it shares");
+        let link = dir.as_path().join("iommu_group");
+        std::os::unix::fs::symlink("../../../kernel/iommu_groups/17", link).unwrap();
+        assert_eq!(group(dir.as_path()).unwrap(), 17);
     }
 
     #[test]

@@ -117,11 +117,7 @@ fn without_viommu(lab: &Lab) -> Result<()> {
     let mut guest = Guest::lab_kernel()
         .option("--device", &drive.option(""))
         .boot(lab)?;
-    drive_keeps(&mut guest)?;
-    function_level_reset(&mut guest)?;
-    drive_keeps(&mut guest)?;
-    reset_while_busy(&mut guest)?;
-    drive_keeps(&mut guest)?;
+    keeps_over_resets(&mut guest)?;
     without_messages(&mut guest)?;
     drive_keeps(&mut guest)?;
     // With nothing in flight: QEMU's drive keeps its line up for completions that a reset took, so
@@ -389,6 +385,15 @@ fn reset_while_busy(guest: &mut Machine) -> Result<()> {
     Ok(())
 }
 
+/// The drive keeps what it is given, also when it, and the whole machine, is reset in between.
+fn keeps_over_resets(guest: &mut Machine) -> Result<()> {
+    drive_keeps(guest)?;
+    function_level_reset(guest)?;
+    drive_keeps(guest)?;
+    reset_while_busy(guest)?;
+    drive_keeps(guest)
+}
+
 /// The guest resets the drive by itself, while its driver has it, reads from it and writes to it;
 /// what was synced before is there afterwards.
 fn function_level_reset(guest: &mut Machine) -> Result<()> {
@@ -512,11 +517,7 @@ fn by_its_group(lab: &Lab) -> Result<()> {
         .option("--device", &drive.option(",id=drive"))
         .api(lab)
         .boot(lab)?;
-    drive_keeps(&mut guest)?;
-    function_level_reset(&mut guest)?;
-    drive_keeps(&mut guest)?;
-    reset_while_busy(&mut guest)?;
-    drive_keeps(&mut guest)?;
+    keeps_over_resets(&mut guest)?;
     comes_and_goes_by_its_group(&mut guest, &drive)?;
     let said = guest.power_off()?.said;
     ensure!(
